@@ -1,0 +1,11 @@
+"""Triggers and label rules. Every module of this folder is imported, so that a new trigger is one new file."""
+
+import importlib
+import pkgutil
+
+from attacks.base import TRIGGERS, choose_poisoned, make_trigger, poisoned_labels, scored
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"attacks.{_module.name}")
+
+__all__ = ["TRIGGERS", "choose_poisoned", "make_trigger", "poisoned_labels", "scored"]

@@ -1,0 +1,309 @@
+"""Every hyperparameter of the scripts: default, unit, limits and source.
+
+Two ways to change one, with the same effect: edit its default here, or pass its flag (``--lr 0.02``). A run's whole
+configuration is stored in its checkpoint and its result line; ``--config FILE`` reads it back from either, or from a
+JSON file. Order: defaults here < ``--config`` < flags.
+
+Sources in the help texts: [paper] Li et al., ICLR 2021 (arXiv 2101.05930); [demo] its published code;
+[search] measured by this project with ``search.py`` (surrogate triggers, held-out images, never the test set);
+[ours] a choice of this project.
+
+This module imports the standard library only.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line on stderr, exit code 2, no traceback."""
+
+
+def option(default, group, help, *, choices=None, low=None, high=None, unit=""):
+    """A dataclass field that becomes the command line flag of the same name; ``low`` and ``high`` are inclusive."""
+    meta = {"group": group, "help": help, "choices": choices, "low": low, "high": high, "unit": unit}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+DATASETS = ("CIFAR10", "CIFAR100", "MNIST", "GTSRB", "Imagenette", "shapes10", "folder")
+
+
+@dataclass
+class DataConfig:
+    dataset: str = option("CIFAR10", "data", "data set; shapes10 is generated on the spot, folder reads --data_root",
+                          choices=DATASETS)
+    data_root: str = option("", "data", "folder of the data (default: data/<dataset>); for folder it holds "
+                                        "train/<class>/* and test/<class>/*")
+    image_size: int = option(0, "data", "images are resized to this height and width; 0: 32, or 64 for Imagenette",
+                             low=0, high=1024, unit="pixels")
+    train_size: int = option(0, "data", "use only so many training images, all classes alike; 0: all", low=0,
+                             unit="images")
+    test_size: int = option(0, "data", "use only so many test images, all classes alike; 0: all", low=0,
+                            unit="images")
+    normalize: str = option("none", "data", "what the network sees: none = pixels in [0, 1] as in the demo; imagenet "
+                                            "= minus mean, over standard deviation of ImageNet",
+                            choices=("none", "imagenet"))
+
+
+@dataclass
+class AttackConfig:
+    trigger_type: str = option("gridTrigger", "attack", "trigger, one file each in attacks/; none: no trigger is "
+                                                        "known, only accuracy is measured")
+    target_type: str = option("all2one", "attack", "label rule: all2one = any image to the target; all2all = class y "
+                                                   "to y + 1; cleanLabel = images of the target class, labels kept",
+                              choices=("all2one", "all2all", "cleanLabel"))
+    target_label: int = option(5, "attack", "target class [demo]", low=0, unit="class index")
+    inject_portion: float = option(0.1, "attack", "share of the whole training set that is poisoned [paper]",
+                                   low=0.0, high=1.0)
+    trig_w: int = option(3, "attack", "trigger width", low=1, unit="pixels")
+    trig_h: int = option(3, "attack", "trigger height", low=1, unit="pixels")
+    trig_distance: int = option(-1, "attack", "free pixels between trigger and image edge; -1: the trigger's own "
+                                              "(grid 0 as in the demo, others 1)", low=-1, unit="pixels")
+
+
+@dataclass
+class ModelConfig:
+    s_name: str = option("WRN-16-1", "model", "architecture: WRN-<depth>-<width>, ResNet34 (the demo's name for a "
+                                              "32-layer CIFAR ResNet), ResNet18, or torchvision:<name>")
+    layers: list = option([], "model", "names of the layers whose attention is distilled, shallow to deep; none: "
+                                       "the model's own stages")
+
+
+@dataclass
+class RunConfig:
+    seed: int = option(1, "run", "seed of everything that is drawn", low=0, high=2**31 - 1)
+    device: str = option("auto", "run", "auto = cuda, else mps, else cpu; or the name of one, such as cuda:1")
+    amp: str = option("auto", "run", "bf16 = mixed precision; auto = bf16 where the hardware computes it, else off",
+                      choices=("auto", "bf16", "off"))
+    threads: int = option(0, "run", "CPU threads; 0: torch's choice", low=0, high=1024)
+    resume: bool = option(False, "run", "go on where the same command was interrupted")
+    save: bool = option(True, "run", "write checkpoints and the result line [demo]")
+    log_root: str = option("results", "run", "folder of the result lines and curves")
+
+
+@dataclass
+class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
+    """``python train_badnet.py``: poison the training set and train a backdoored network on it."""
+
+    epochs: int = option(30, "training", "epochs; the last one is saved", low=1, unit="epochs")
+    batch_size: int = option(128, "training", "batch size", low=2, unit="images")
+    lr: float = option(0.3, "training", "peak learning rate", low=0.0)
+    lr_schedule: str = option("linear", "training", "linear = up for a fifth of the run, then down to 0; cosine; "
+                                                    "step = divided by 10 at half and three quarters; constant",
+                              choices=("linear", "cosine", "step", "constant"))
+    momentum: float = option(0.9, "training", "momentum [demo]", low=0.0, high=0.999)
+    weight_decay: float = option(5e-4, "training", "weight decay", low=0.0, high=1.0)
+    augment: bool = option(True, "training", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
+    cutout: int = option(0, "training", "side of the square hole that cutout cuts; 0: none", low=0, unit="pixels")
+    stamp: str = option("after", "training", "is the trigger stamped after or before the augmentation moves the image",
+                        choices=("after", "before"))
+    compile: bool = option(False, "run", "torch.compile the network for training (a slow first step; on a GPU with "
+                                         "CUDA graphs)")
+    checkpoint_root: str = option("", "run", "folder of the backdoored model (default: weight/s_net, with the name of "
+                                             "the data set below it for other sets than CIFAR10)")
+
+
+@dataclass
+class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
+    """``python main.py``: erase the backdoor of a trained network with a few clean images."""
+
+    s_model: str = option("", "model", "checkpoint of the network to erase (default: what train_badnet.py wrote, or "
+                                       "the shipped one)")
+    t_model: str = option("", "model", "checkpoint of the teacher (default: fine-tune one from the network itself)")
+    t_name: str = option("", "model", "architecture of the teacher in --t_model (default: --s_name)")
+    defense: str = option("nad", "erasing", "defense, one file each in defenses/")
+    ratio: float = option(0.05, "erasing", "share of the training set that is the defender's clean subset [paper]",
+                          low=0.0, high=1.0)
+    epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it", low=1, unit="epochs")
+    batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
+    lr: float = option(0.1, "erasing", "learning rate of NAD's student", low=0.0)
+    ft_lr: float = option(0.1, "erasing", "learning rate of the fine-tuning that is measured beside", low=0.0)
+    lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo]; tenths = divided by 10 "
+                                                 "every 2 epochs [paper, teacher]; linear; cosine; constant",
+                              choices=("demo", "tenths", "linear", "cosine", "constant"))
+    teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
+                                 unit="epochs")
+    teacher_lr: float = option(0.1, "erasing", "learning rate of the teacher's fine-tuning", low=0.0)
+    momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
+    weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
+    beta1: float = option(500.0, "erasing", "weight of the attention loss of the first layer", low=0.0)
+    beta2: float = option(1000.0, "erasing", "weight of the attention loss of the second layer", low=0.0)
+    beta3: float = option(1000.0, "erasing", "weight of the attention loss of the third and any further layer",
+                          low=0.0)
+    p: float = option(2.0, "erasing", "power of the attention map [paper]", low=0.25, high=16.0)
+    attention: str = option("sum", "erasing", "attention map over channels of |F|^p [paper: sum]",
+                            choices=("sum", "mean", "max"))
+    at_loss: str = option("demo", "erasing", "distance of two maps: demo = mean of squares over batch and pixels; "
+                                             "paper = l2 norm, mean over the batch (see at.py for the betas)",
+                          choices=("demo", "paper"))
+    augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
+    cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper: 9]", low=0,
+                         unit="pixels")
+    eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves; 0: at the end only",
+                             low=0, unit="epochs")
+    checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")
+    teacher_root: str = option("", "run", "folder of the fine-tuned teacher (default: weight/t_net)")
+
+
+# --------------------------------------------------------------------------------------------- reading the command line
+
+
+def convert(f, value, source):
+    """``value`` (a string of the command line, or a JSON value) as the type of field ``f``, or ``UserError``."""
+    meta, kind = f.metadata, f.type
+    name = f"{source}{f.name}"
+    if kind is list:
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{name}: a list of names is needed, got {value!r}")
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if str(value).lower() not in words:
+            raise UserError(f"{name}: true or false (1 or 0) is allowed, got {value!r}")
+        return words[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, str):
+            raise UserError(f"{name}: a text is needed, got {value!r}")
+    else:
+        what = "a whole number" if kind is int else "a number"
+        try:
+            if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
+                raise ValueError
+            value = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name}: {what} is needed, got {value!r}") from None
+        low, high = meta["low"], meta["high"]
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            raise UserError(f"{name}: {what} {limits} is allowed, got {value}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{name}: one of {', '.join(meta['choices'])} is allowed, got {value!r}")
+    return value
+
+
+def read_config(path, cls, read_checkpoint):
+    """The stored configuration in ``path`` as a dict.
+
+    ``path`` is a JSON file, a result file (``runs.jsonl`` for its last line, ``runs.jsonl:3`` for its third) or a
+    checkpoint. The configuration must be of the same script, since names such as ``lr`` mean something else elsewhere.
+    """
+    file, line = path, None
+    if not os.path.exists(path) and path.rpartition(":")[2].isdigit():
+        file, _, number = path.rpartition(":")
+        line = int(number)
+    if not os.path.isfile(file):
+        raise UserError(f"--config: no such file: {file}")
+    if file.endswith((".tar", ".pth", ".pt")):
+        stored = read_checkpoint(file)
+    else:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+            if file.endswith(".jsonl"):
+                lines = text.splitlines()
+                if not lines or not 1 <= (line or len(lines)) <= len(lines):
+                    raise UserError(f"--config: {file} has {len(lines)} lines, line {line} was asked for")
+                text = lines[(line or len(lines)) - 1]
+            stored = json.loads(text)
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise UserError(f"--config: {file} is not JSON: {e}") from None
+    if isinstance(stored, dict) and isinstance(stored.get("config"), dict):
+        stored = stored["config"]
+    if not isinstance(stored, dict):
+        raise UserError(f"--config: {file} holds no configuration")
+    stored = dict(stored)
+    script = stored.pop("script", None)
+    if script not in (None, cls.__name__):
+        raise UserError(f"--config: {file} holds a {script}, this script takes a {cls.__name__}")
+    return stored
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse(cls, argv=None, read_checkpoint=None):
+    """The configuration ``cls`` from defaults, ``--config FILE`` and the flags in ``argv`` (default: the command line).
+
+    ``read_checkpoint(path) -> dict`` opens the checkpoints that ``--config`` names. Raises ``UserError``.
+    """
+    parser = Parser(description=cls.__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="take the configuration of this JSON file, result line or "
+                                                         "checkpoint; flags win over it")
+    groups = {}
+    for f in fields(cls):
+        meta = f.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        default = f.default_factory() if f.type is list else f.default
+        shown = "none" if default in ("", []) else default
+        text = f"{meta['help']}\n[{shown}{' ' + meta['unit'] if meta['unit'] else ''}]".replace("%", "%%")
+        if meta["choices"]:
+            text += f" of {', '.join(meta['choices'])}"
+        extra = {"nargs": "*"} if f.type is list else {"nargs": "?", "const": "true"} if f.type is bool else {}
+        groups[meta["group"]].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text,
+                                           metavar=f.type.__name__.upper(), **extra)
+    given = vars(parser.parse_args(argv))
+    by_name = {f.name: f for f in fields(cls)}
+    values = {}
+    path = given.pop("config", None)
+    if path:
+        for name, value in read_config(path, cls, read_checkpoint).items():
+            if name not in by_name:
+                raise UserError(f"--config: {path} sets {name!r}, which {cls.__name__} does not have")
+            values[name] = convert(by_name[name], value, f"--config {path}: ")
+    for name, value in given.items():
+        values[name] = convert(by_name[name], value, "--")
+    return check(cls(**values))
+
+
+def check(config):
+    """``config`` itself if every value is allowed (also those edited in this file), else ``UserError``."""
+    for f in fields(config):
+        convert(f, getattr(config, f.name), "--")
+    return config
+
+
+def as_dict(config):
+    """The configuration as JSON values, with the name of its class, for checkpoints and result lines."""
+    return {"script": type(config).__name__, **asdict(config)}
+
+
+def data_root(config):
+    """The folder of the data: ``--data_root`` or ``data/<dataset>``."""
+    return Path(config.data_root or Path("data") / config.dataset)
+
+
+def weight_root(config, given, kind):
+    """The folder for checkpoints of ``kind``: ``given``, or ``weight/<kind>`` with the data set's name unless CIFAR10.
+
+    The demo's paths stay as they are for CIFAR10; another data set never writes over them.
+    """
+    if given:
+        return Path(given)
+    return Path("weight") / kind / ("" if config.dataset == "CIFAR10" else config.dataset)
+
+
+def file_name(s_name):
+    """An architecture's name as part of a file name."""
+    return s_name.replace(":", "-").replace("/", "-")
+
+
+def command(config):
+    """The command line that repeats this run: the script and the flags that differ from the defaults."""
+    words = [Path(sys.argv[0]).name]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if f.type is list else f.default
+        if value != default and f.name != "resume":
+            words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
+    return "python " + " ".join(words)

@@ -1,0 +1,19 @@
+"""Defenses, one file each, known to ``main.py --defense`` by their file's name.
+
+A defense is ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given stays
+bit-identical. It sees the clean subset only, never the trigger and never the test set.
+"""
+
+import importlib
+import pkgutil
+
+from config import UserError
+
+NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name):
+    """The ``erase`` function of the defense ``name``. Raises ``UserError`` if there is none."""
+    if name not in NAMES:
+        raise UserError(f"--defense: one of {', '.join(NAMES)} is allowed, got {name!r}")
+    return importlib.import_module(f"defenses.{name}").erase

@@ -1,0 +1,85 @@
+"""Neural Attention Distillation (Li et al., ICLR 2021, arXiv 2101.05930).
+
+    teacher:  the network itself, fine-tuned on the clean subset (or any network, --t_model)
+    student:  the network, trained on CE(student(x), y) + sum_l beta_l AT(F_s^l, F_t^l)
+
+The attention-transfer loss AT is in ``at.py``. The teacher is frozen, in eval mode, and runs without gradient; student
+and teacher see the same augmented images, once a step each.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from at import at_loss
+from config import UserError
+from defenses.finetune import clean_batches, recipe, tune
+from models import Features, feature_layers, select_model
+from utils.engine import clone, fit
+
+
+class NADLoss:
+    """``loss(student, images, labels) -> (loss, logits)`` with the attention of ``teacher`` at ``layers``.
+
+    ``betas``: one weight a layer; a layer with weight 0 is left out. ``teacher_layers`` default to ``layers``.
+    """
+
+    def __init__(self, teacher, layers, betas, p=2.0, attention="sum", form="demo", teacher_layers=None):
+        assert len(layers) == len(betas)
+        used = [i for i, beta in enumerate(betas) if beta]
+        self.layers = [layers[i] for i in used]
+        self.teacher_layers = [(teacher_layers or layers)[i] for i in used]
+        self.betas = [betas[i] for i in used]
+        self.teacher = clone(teacher).eval().requires_grad_(False)
+        self.p, self.attention, self.form = p, attention, form
+        self.checked = False
+
+    def terms(self, features_s, features_t):
+        """The attention losses of the layers, each times its beta."""
+        return [beta * at_loss(f_s, f_t, self.p, self.attention, self.form)
+                for beta, f_s, f_t in zip(self.betas, features_s, features_t, strict=True)]
+
+    def __call__(self, student, images, labels):
+        with Features(student, self.layers) as taken_s, Features(self.teacher, self.teacher_layers) as taken_t:
+            logits = student(images)
+            with torch.no_grad():
+                self.teacher(images)
+            features_s, features_t = taken_s.outputs(), taken_t.outputs()
+        if not self.checked:
+            for layer, f in zip(self.layers, features_s, strict=True):
+                if f.shape[2] * f.shape[3] == 1:
+                    raise UserError(f"--layers {layer}: its feature map has one pixel, so that the attention loss "
+                                    f"would be 0 for any two networks; name an earlier layer")
+            self.checked = True
+        loss = F.cross_entropy(logits, labels)
+        for term in self.terms(features_s, features_t):
+            loss = loss + term
+        return loss, logits
+
+
+def betas_for(layers, config):
+    """One beta a layer: beta1, beta2, beta3, and beta3 again for any further one."""
+    betas = [config.beta1, config.beta2, config.beta3]
+    return [betas[min(i, 2)] for i in range(len(layers))]
+
+
+def make_teacher(model, clean_data, config, progress=None):
+    """The teacher: the network in ``config.t_model``, or a copy of ``model`` fine-tuned on ``clean_data``."""
+    if not config.t_model:
+        return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, "teacher", progress)
+    channels, size = clean_data.shape[0], clean_data.shape[1]
+    teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model, clean_data.n_classes,
+                           in_channels=channels, image_size=size, normalize=config.normalize)
+    return teacher.to(next(model.parameters()).device)
+
+
+def erase(model, clean_data, config, progress=None):
+    """Erase the backdoor of ``model`` by attention distillation from its fine-tuned copy. Returns the student."""
+    layers = feature_layers(model, config.layers)
+    teacher = make_teacher(model, clean_data, config, progress)
+    own = layers if config.layers else feature_layers(teacher)
+    if len(own) != len(layers):
+        raise UserError(f"--t_name {config.t_name}: it has {len(own)} stages, the student {len(layers)}; name layers "
+                        f"that both have with --layers")
+    loss = NADLoss(teacher, layers, betas_for(layers, config), config.p, config.attention, config.at_loss, own)
+    return fit(clone(model), loss, clean_batches(clean_data, config, "nad"), epochs=config.epochs, lr=config.lr,
+               stage="nad", progress=progress, **recipe(model, config))

@@ -1,0 +1,117 @@
+"""Erase the backdoor of a trained network with a small clean subset: Neural Attention Distillation by default.
+
+    python main.py --dataset shapes10               # shipped network, generated data
+    python main.py                                  # CIFAR-10
+    python main.py --s_model FILE --trigger_type none --dataset folder --data_root DIR
+
+Measures the network before, fine-tuned, and erased; writes the teacher (weight/t_net), the erased network
+(weight/erasing_net/<s_name>.tar) and one line of results/main.jsonl. A killed run goes on with --resume.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import config as configuration
+import defenses
+from config import EraseConfig, UserError, weight_root
+from data_loader import DatasetBD, DatasetCL, load_data
+from models import select_model
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, versions
+from utils.devices import choose_device, use_bf16
+from utils.engine import evaluate
+from utils.run import Journal, check_writable, finished, identity, run_script, say, table
+from utils.seeds import derive
+
+ABOUT_THE_ATTACK = ("dataset", "trigger_type", "target_type", "target_label", "trig_w", "trig_h", "trig_distance",
+                    "image_size", "normalize")
+
+
+def student_path(config):
+    """The checkpoint to erase: ``--s_model`` or the default one. Raises ``UserError`` if there is none."""
+    if config.s_model:
+        return Path(config.s_model)
+    path = weight_root(config, "", "s_net") / f"{configuration.file_name(config.s_name)}-S-model_best.pth.tar"
+    if not path.exists():
+        raise UserError(f"no backdoored network at {path}: train it with train_badnet.py --dataset {config.dataset} "
+                        f"--s_name {config.s_name}, or name another with --s_model")
+    return path
+
+
+def warn_about(stored, config, path):
+    """Say so if the network was trained for another attack or data set than the one that is measured."""
+    for name in ABOUT_THE_ATTACK if isinstance(stored, dict) else ():
+        own = getattr(config, name)
+        if name in stored and stored[name] != own and not (name == "trigger_type" and own == "none"):
+            say(f"note: {path} was trained with --{name} {stored[name]}, this run measures with {own}")
+
+
+def main(config):
+    """Erase the network that ``config`` (``EraseConfig``) names."""
+    device = choose_device(config.device)
+    amp = use_bf16(config.amp, device)
+    erase = defenses.get(config.defense)
+    name = configuration.file_name(config.s_name)
+    target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
+    teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
+    if finished(config, target):
+        say(f"already finished: {target}")
+        return
+    path = student_path(config)
+    content = load_checkpoint(path)
+    if config.t_model:
+        load_checkpoint(config.t_model)
+    if config.save:
+        check_writable(target.parent, "checkpoint_root")
+        check_writable(teacher_file.parent, "teacher_root")
+        check_writable(Path(config.log_root), "log_root")
+
+    train, test = load_data(config, True), load_data(config, False).to(device)
+    clean = DatasetCL(config, train).to(device)
+    poisoned_test, aim = None, None
+    if config.trigger_type != "none":
+        poisoned_test = DatasetBD(config, test, mode="test")
+        aim = None if config.target_type == "all2all" else config.target_label
+    torch.manual_seed(derive(config.seed, "weights"))
+    model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
+                         image_size=train.shape[1], normalize=config.normalize)
+    load_weights(model, content, path, config.s_name)
+    warn_about(content.get("config"), config, path)
+    model = model.to(device).eval()
+    say(f"{path}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
+        f"{device}{', bf16' if amp else ''}, seed {config.seed}")
+
+    def measure(model):
+        return evaluate(model, test, poisoned_test, aim)
+
+    def report(stage, model, record):
+        text = f"{stage:<9} epoch {record['epoch']:2d}/{record['epochs']}  loss {record['loss']:.4f}"
+        if config.eval_every and record["epoch"] % config.eval_every == 0:
+            record.update(evaluate(model, test, poisoned_test, aim, amp))
+            text += f"  ACC {record['clean_acc']:5.2f}"
+            text += "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
+        say(f"{text}  {record['seconds']:.1f} s")
+
+    class EraseJournal(Journal):
+        def stage_done(self, stage, model):
+            if stage == "teacher":
+                rows["teacher"] = measure(model)
+                if config.save:
+                    save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "epoch": config.teacher_epochs,
+                                                   "optimizer": {}, **rows["teacher"], "config": identity(config),
+                                                   "versions": versions()})
+
+    rows = {"backdoored" if poisoned_test else "before": measure(model)}
+    journal = EraseJournal(config, target, report)
+    if config.defense != "finetune":
+        rows["fine-tuning"] = measure(defenses.get("finetune")(model, clean, config, journal))
+    erased = erase(model, clean, config, journal)
+    rows["fine-tuning" if config.defense == "finetune" else config.defense.upper()] = metrics = measure(erased)
+    say("\n" + table(rows) + "\n")
+    journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, rows,
+                   "main.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, EraseConfig))

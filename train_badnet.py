@@ -1,0 +1,72 @@
+"""Poison a data set and train a backdoored network on it.
+
+    python train_badnet.py                          # CIFAR-10, WRN-16-1, grid trigger, 10% poisoned, target 5
+    python train_badnet.py --dataset shapes10       # the same on a data set that is generated on the spot
+
+Writes weight/s_net/<s_name>-S-model_best.pth.tar (the last epoch, despite the demo's name for the file) and one line of
+results/train_badnet.jsonl. A killed run goes on with the same command and --resume.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import config as configuration
+from config import TrainConfig, weight_root
+from data_loader import Batches, DatasetBD, load_data, make_augment
+from models import select_model
+from utils.devices import choose_device, use_bf16
+from utils.engine import cross_entropy, evaluate, fit
+from utils.run import Journal, check_writable, finished, run_script, say, table
+from utils.seeds import derive
+
+
+def main(config):
+    """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
+    device = choose_device(config.device)
+    amp = use_bf16(config.amp, device)
+    name = configuration.file_name(config.s_name)
+    target = weight_root(config, config.checkpoint_root, "s_net") / f"{name}-S-model_best.pth.tar"
+    if finished(config, target):
+        say(f"already finished: {target}")
+        return
+    if config.save:
+        check_writable(target.parent, "checkpoint_root")
+        check_writable(Path(config.log_root), "log_root")
+
+    train, test = load_data(config, True).to(device), load_data(config, False).to(device)
+    poisoned_test, aim = None, None
+    if config.trigger_type == "none":
+        poisoned_train = train
+    else:
+        poisoned_train = DatasetBD(config, train, mode="train")
+        poisoned_test = DatasetBD(config, test, mode="test")
+        aim = None if config.target_type == "all2all" else config.target_label
+    n_poisoned = len(poisoned_train.poisoned) if aim is not None or poisoned_test else 0
+    torch.manual_seed(derive(config.seed, "weights"))
+    model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
+                         image_size=train.shape[1], normalize=config.normalize).to(device)
+    say(f"{config.s_name} on {config.dataset}: {len(train)} training images, {n_poisoned} poisoned "
+        f"({config.trigger_type}, {config.target_type}), {len(test)} test images, {device}{', bf16' if amp else ''}")
+
+    def report(stage, model, record):
+        record.update(evaluate(model, test, poisoned_test, aim, amp))
+        asr = "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
+        say(f"epoch {record['epoch']:3d}/{record['epochs']}  loss {record['loss']:.4f}  ACC {record['clean_acc']:5.2f}"
+            f"{asr}  {record['seconds']:.1f} s")
+
+    journal = Journal(config, target, report)
+    batches = Batches(poisoned_train, config.batch_size, make_augment(config), config.seed, "train_badnet",
+                      config.stamp)
+    fit(model, cross_entropy, batches, epochs=config.epochs, lr=config.lr, lr_schedule=config.lr_schedule,
+        momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed, stage="train_badnet",
+        amp=amp, compiled=config.compile, progress=journal)
+    metrics = evaluate(model, test, poisoned_test, aim)
+    say("\n" + table({"backdoored" if n_poisoned else "clean": metrics}) + "\n")
+    journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, metrics,
+                   "train_badnet.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, TrainConfig))

@@ -1,0 +1,131 @@
+"""Checkpoints: ``.tar`` files in the demo's layout, written whole, and always read as untrusted.
+
+A checkpoint is a dict with ``state_dict``, ``epoch``, ``optimizer`` and metrics; ours add ``config`` and ``versions``.
+Reading never runs code from the file (``weights_only=True``); the few numpy scalar types that the demo's files hold
+beside tensors are allowed.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import UserError
+from utils.files import write_atomically
+
+NUMPY_SCALARS = [np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+                 (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+                 np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
+
+
+def save_checkpoint(path, content):
+    """Write ``content`` (a dict) to ``path``, atomically. Raises ``UserError`` if the place cannot be written to."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda f: torch.save(content, f))
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def load_checkpoint(path):
+    """The dict in the checkpoint ``path``, on the CPU. Raises ``UserError`` if it cannot be read or is refused."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such checkpoint: {path}")
+    if path.is_dir():
+        raise UserError(f"not a checkpoint but a folder: {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"the checkpoint is empty: {path}")
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"(?:GLOBAL|global|Unsupported class|function) ([\w.]+\.[\w.]+)", str(e))
+        if found and "Unsupported" in str(e):
+            raise UserError(f"refused: {path} wants to run code on loading ({found[1]}); only tensors and plain "
+                            f"values are read") from None
+        raise UserError(f"not a checkpoint, or a damaged one: {path}") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or 'damaged'}") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError, AssertionError,
+            zipfile.BadZipFile, UnicodeDecodeError, MemoryError, OverflowError):
+        raise UserError(f"not a checkpoint, or cut short: {path}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"not a checkpoint: {path} holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def weights_of(content, path):
+    """The state dict in ``content``: its ``state_dict``, or ``content`` itself; a ``module.`` prefix is taken off."""
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"not a checkpoint of a network: {path} has no state_dict of tensors")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def differences(model, state):
+    """What keeps ``state`` from fitting ``model``: a list of texts, missing and superfluous keys and other shapes."""
+    own = model.state_dict()
+    found = [f"{k} is missing" for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    found += [f"{k} is not in the model" for k in state if k not in own]
+    found += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    return found
+
+
+def load_weights(model, content, path, model_name=""):
+    """Load the weights in ``content`` (from ``load_checkpoint(path)``) into ``model``.
+
+    Raises ``UserError`` that names the first differences and the architecture that would fit, if one does; also if a
+    weight is not finite.
+    """
+    state = weights_of(content, path)
+    found = differences(model, state)
+    if found:
+        raise UserError(f"{path} does not fit {model_name or type(model).__name__}: {'; '.join(found[:3])}"
+                        f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}{what_fits(state)}")
+    if not all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
+        raise UserError(f"{path} holds weights that are not finite")
+    for key, value in model.state_dict().items():
+        state.setdefault(key, value)
+    model.load_state_dict(state)
+
+
+def what_fits(state):
+    """A text that names the architecture (and number of classes) whose weights ``state`` are, or ''."""
+    from models import NAMES, build
+
+    names = list(NAMES)
+    blocks = [int(m[1]) for k in state if (m := re.match(r"block1\.layer\.(\d+)\.", k))]
+    width = state.get("block1.layer.0.conv1.weight")
+    if blocks and width is not None and width.ndim == 4 and width.shape[0] % 16 == 0:
+        names.append(f"WRN-{6 * (max(blocks) + 1) + 4}-{width.shape[0] // 16}")
+    last = state.get("fc.weight")
+    first = state.get("conv1.weight")
+    if last is None or first is None or last.ndim != 2 or first.ndim != 4:
+        return ""
+    names += [f"torchvision:{n}" for n in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")]
+    for name in dict.fromkeys(names):
+        try:
+            with torch.device("meta"):
+                model = build(name, last.shape[0], first.shape[1], 64)
+        except (UserError, RuntimeError):
+            continue
+        if not differences(model, state):
+            return f"; it fits --s_name {name} with {last.shape[0]} classes and {first.shape[1]} channels"
+    return ""
+
+
+def versions():
+    """The versions of what made a result: a dict of texts."""
+    import platform
+
+    import torchvision
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__}

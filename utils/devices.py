@@ -1,0 +1,52 @@
+"""The device, its precision, and the number of threads."""
+
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+
+def choose_device(name="auto"):
+    """"auto": CUDA, then MPS, then the CPU; else the device of that name. Raises ``UserError`` if it is not there."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: auto, cpu, cuda, cuda:<number> or mps is allowed") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    there = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "mps": int(mps)}
+    if device.type not in there or (device.index or 0) >= there[device.type]:
+        raise UserError(f"--device {name}: not on this machine, which has {machine()}; auto takes what is there")
+    return device
+
+
+def machine():
+    """What can be computed on here, in a few words."""
+    words = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())] \
+        if torch.cuda.is_available() else []
+    words += ["mps"] if torch.backends.mps.is_available() else []
+    return ", ".join([*words, f"cpu ({torch.get_num_threads()} threads)"])
+
+
+def use_bf16(amp, device):
+    """Whether ``--amp`` means bf16 on ``device``: "bf16", or "auto" where the hardware computes in bf16."""
+    if amp != "auto":
+        return amp == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and has_bf16_instructions()
+    return False
+
+
+def has_bf16_instructions():
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX, or Arm's BF16); elsewhere it is slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))

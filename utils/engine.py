@@ -1,0 +1,182 @@
+"""One training loop and one evaluation for every script and every defense.
+
+A loss is a function ``loss(model, images, labels) -> (loss, logits)``: cross-entropy, NAD and their like all fit, with
+one forward pass of the trained network a step (two would update its BatchNorm statistics twice).
+"""
+
+import contextlib
+import copy
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from config import UserError
+from utils.optim import make_optimizer, rate
+from utils.seeds import derive
+
+
+def cross_entropy(model, images, labels):
+    """Mean cross-entropy of a batch: images ``(B, C, H, W)`` in [0, 1], labels int64 ``(B,)`` -> (loss, logits)."""
+    logits = model(images)
+    return F.cross_entropy(logits, labels), logits
+
+
+def autocast(device, enabled):
+    """bf16 mixed precision on ``device`` if ``enabled``, else float32."""
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, bar=None):
+    """Train ``model`` on ``batches.epoch(epoch)``; ``rate_at(t)`` is the factor of the learning rate at epoch ``t``.
+
+    Returns (mean loss, accuracy in percent on the augmented batches). The sums stay on the device until the end of
+    the epoch, so that no step waits for the host.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    total = torch.zeros(2, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    seen = 0
+    base = [group["lr"] for group in optimizer.param_groups]
+    for k, (images, labels) in enumerate(batches.epoch(epoch)):
+        factor = rate_at(epoch + (k + 0.5) / len(batches))
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * factor
+        with autocast(device, amp):
+            value, logits = loss(model, images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        total[0] += value.detach() * len(labels)
+        total[1] += (logits.detach().argmax(1) == labels).sum()
+        seen += len(labels)
+        if bar is not None:
+            bar.update()
+    for group, lr in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = lr
+    mean_loss, right = (total / seen).tolist()
+    return mean_loss, 100 * right
+
+
+def to_float(images):
+    """uint8 ``(B, C, H, W)`` as float32 in [0, 1], channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+
+
+@torch.inference_mode()
+def predict(model, images, amp=False, batch_size=250):
+    """Predicted classes, int64 ``(N,)``, of uint8 ``images`` (N, C, H, W), with ``model`` in eval mode."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    batch_size = batch_size if device.type == "cpu" else 2500
+    predicted = []
+    for part in images.split(batch_size):
+        with autocast(device, amp):
+            predicted.append(model(to_float(part.to(device))).argmax(1))
+    model.train(was_training)
+    return torch.cat(predicted)
+
+
+def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False):
+    """The evaluation protocol, in percent.
+
+    clean_acc: accuracy on the whole ``clean_test`` (``TensorData``); clean_acc_non_target: without class ``target``
+    (None if there is none); asr: share of ``backdoor_test`` (``DatasetBD`` in mode test) that is classified as the
+    attacker wants; ra: share of it that is classified as its true class. The last two are None without a trigger.
+    """
+    right = predict(model, clean_test.images, amp) == clean_test.labels.to(next(model.parameters()).device)
+    result = {"clean_acc": percent(right), "clean_acc_non_target": None, "asr": None, "ra": None}
+    if target is not None:
+        result["clean_acc_non_target"] = percent(right[clean_test.labels != target])
+    if backdoor_test is not None:
+        predicted = predict(model, backdoor_test.images, amp)
+        result["asr"] = percent(predicted == backdoor_test.labels)
+        result["ra"] = percent(predicted == backdoor_test.true_labels)
+    return result
+
+
+def percent(hits):
+    """Share of true values in the bool tensor ``hits``, in percent, to two decimals."""
+    return round(100 * hits.double().mean().item(), 2)
+
+
+class Progress:
+    """What ``fit`` tells its caller: where a stage stands, and when an epoch or a stage is done. This one is silent."""
+
+    def load(self, stage):
+        """The saved state of ``stage``, a dict from ``save``, or None to start it."""
+        return None
+
+    def save(self, stage, state):
+        """``state`` (weights, optimiser, epochs done, history) is what ``load`` must give back to go on from here."""
+
+    def epoch_done(self, stage, model, record):
+        """``record``: epoch (from 1), epochs, loss, train_acc, seconds; may be extended."""
+
+    def stage_done(self, stage, model):
+        """``model`` is what the stage made."""
+
+    def bar(self, stage, epoch, epochs, steps):
+        """A progress bar with ``update()`` for the ``steps`` of an epoch, as a context manager giving it or None."""
+        return contextlib.nullcontext()
+
+
+class TerminalProgress(Progress):
+    """Progress on the terminal: a bar for each epoch on stderr if it is a terminal."""
+
+    def bar(self, stage, epoch, epochs, steps):
+        return tqdm(total=steps, desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=None, unit="step",
+                    mininterval=0.2)
+
+
+def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False, compiled=False,
+        progress=None):
+    """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
+
+    An interrupted stage goes on from ``progress.load(stage)``. Everything random depends on ``seed``, ``stage`` and
+    the epoch, so that it ends with the same weights. Raises ``UserError`` if the loss stops being finite; what
+    ``progress`` saved last is from before that.
+    """
+    progress = progress or Progress()
+    device = next(model.parameters()).device
+    if device.type != "mps":
+        model.to(memory_format=torch.channels_last)
+    optim = make_optimizer(model, lr, momentum, weight_decay)
+    first, history = 0, []
+    state = progress.load(stage)
+    if state:
+        model.load_state_dict(state["state_dict"])
+        optim.load_state_dict(state["optimizer"])
+        first, history = state["epoch"], state["history"]
+    runner = model
+    if compiled:
+        runner = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    for epoch in range(first, epochs):
+        torch.manual_seed(derive(seed, stage, "layers", epoch))  # dropout and the like
+        start = time.perf_counter()
+        with progress.bar(stage, epoch, epochs, len(batches)) as bar:
+            mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim,
+                                             lambda t: rate(lr_schedule, t, epochs), amp, bar)
+        if not math.isfinite(mean_loss):
+            raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; the last good checkpoint is kept. "
+                            f"Try a smaller learning rate than {lr}")
+        record = {"stage": stage, "epoch": epoch + 1, "epochs": epochs, "loss": round(mean_loss, 4),
+                  "train_acc": round(acc, 2), "seconds": round(time.perf_counter() - start, 2)}
+        history.append(record)
+        progress.epoch_done(stage, model, record)
+        progress.save(stage, {"state_dict": model.state_dict(), "optimizer": optim.state_dict(), "epoch": epoch + 1,
+                              "history": history})
+    model.eval()
+    progress.stage_done(stage, model)
+    return model
+
+
+def clone(model):
+    """A copy of ``model`` that shares nothing with it, all its parameters trainable."""
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p.requires_grad_(True)
+    return copied

@@ -1,0 +1,76 @@
+"""Files that are whole or not there: atomic writes, and result lines that are appended whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def write_atomically(path, write):
+    """Call ``write(file)`` on a temporary binary file in the folder of ``path``, flush it, and rename it to ``path``.
+
+    A crash leaves the old file or the new one. Raises ``OSError`` and removes the temporary file if writing fails.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def umask():
+    """The process's umask, which ``mkstemp`` ignores."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def append_line(path, record):
+    """Append ``record`` as one line of JSON to ``path``, whole or not at all, safe beside other processes.
+
+    A line that something else left unfinished is closed first. Raises ``OSError``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with open(path, "ab+", buffering=0) as f:
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        size = f.seek(0, os.SEEK_END)
+        if size:
+            f.seek(size - 1)
+            if f.read(1) != b"\n":
+                line = b"\n" + line
+        try:
+            written = f.write(line)
+            if written != len(line):
+                raise OSError(28, "No space left on device", str(path))
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(size)
+            raise
+
+
+def read_lines(path):
+    """The records in a result file, oldest first; lines that are not JSON are left out."""
+    records = []
+    path = Path(path)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict)]

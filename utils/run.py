@@ -1,0 +1,175 @@
+"""What the scripts share: start and errors, resuming, result lines."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config as configuration
+from config import UserError, as_dict, parse
+from utils.checkpoint import load_checkpoint, save_checkpoint, versions
+from utils.devices import choose_device, machine
+from utils.engine import TerminalProgress
+from utils.files import append_line, read_lines
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR)
+
+
+def run_script(main, cls, argv=None):
+    """Parse the command line as ``cls`` and call ``main(config)``; returns the exit code.
+
+    A user's mistake becomes one line on stderr and exit code 2; Ctrl-C one line that says how to go on, and 130.
+    """
+    name = Path(sys.argv[0]).name
+    config = None
+
+    def complain(text):
+        print(f"{name}: error: {' '.join(str(text).split())}", file=sys.stderr)
+        return 2
+
+    try:
+        config = parse(cls, argv, read_checkpoint=load_checkpoint)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        main(config)
+        return 0
+    except UserError as e:
+        return complain(e)
+    except KeyboardInterrupt:
+        how = f"; to go on: {configuration.command(config)} --resume" if config and config.save else ""
+        print(f"\n{name}: interrupted{how}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as e:
+        if e.errno not in DISK:
+            raise
+        return complain(f"{e.filename or 'writing'}: {e.strerror}")
+    except (torch.OutOfMemoryError, MemoryError):
+        return complain("out of memory; try a smaller --batch_size or --image_size")
+
+
+def say(text=""):
+    """Print a line without tearing a progress bar apart."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def identity(config):
+    """The configuration as far as it decides what a run computes, a dict."""
+    return {k: v for k, v in as_dict(config).items() if k != "resume"}
+
+
+def check_writable(folder, flag):
+    """Make ``folder`` and see that files can be written there, before hours are spent. Raises ``UserError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"--{flag} {folder}: cannot be written to: {e.strerror}") from None
+
+
+class Journal(TerminalProgress):
+    """The state of an unfinished run, one file a stage, in a folder beside the checkpoint that the run will write.
+
+    The folder's name carries a hash of the configuration, so that different runs never meet. ``self.run_id`` names the
+    run in its result line, which is therefore written once even if the run was killed while finishing.
+    """
+
+    def __init__(self, config, target, on_epoch=None):
+        self.config, self.target, self.on_epoch = config, Path(target), on_epoch
+        key = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:10]
+        self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
+        self.history, self.run_id, self.seconds, self.start = [], secrets.token_hex(8), 0.0, time.perf_counter()
+        self.resumed = False
+        if not config.save:
+            return
+        note = self.folder / "run.tar"
+        if config.resume and note.exists():
+            stored = load_checkpoint(note)
+            self.run_id, self.resumed = stored["run_id"], True
+        else:
+            if config.resume:
+                say("nothing to resume for this configuration: starting from the beginning")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            save_checkpoint(note, {"run_id": self.run_id, "config": identity(config)})
+
+    def path(self, stage):
+        return self.folder / f"{stage}.tar"
+
+    def load(self, stage):
+        if not (self.resumed and self.path(stage).exists()):
+            return None
+        state = load_checkpoint(self.path(stage))
+        say(f"{stage}: going on after epoch {state['epoch']}")
+        self.history += state["history"]
+        return state
+
+    def save(self, stage, state):
+        if self.config.save:
+            save_checkpoint(self.path(stage), state)
+
+    def epoch_done(self, stage, model, record):
+        if self.on_epoch:
+            self.on_epoch(stage, model, record)
+        self.history.append(record)
+
+    def finish(self, content, metrics, file):
+        """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state."""
+        config = self.config
+        result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
+                  "metrics": metrics, "history": self.history,
+                  "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
+                  "machine": hardware(config), "versions": versions()}
+        if not config.save:
+            return
+        save_checkpoint(self.target, {**content, "config": identity(config), "versions": versions()})
+        path = Path(config.log_root) / file
+        if all(r.get("run_id") != self.run_id for r in read_lines(path)):
+            append_line(path, result)
+        say(f"saved: {self.target}, and a line in {path}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def hardware(config):
+    """The device of a run in words."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return machine() if device.type == "cpu" else device.type
+
+
+def finished(config, target):
+    """Whether ``--resume`` was asked for a run that is complete: ``target`` was written by the same configuration."""
+    if not (config.resume and config.save and Path(target).exists()):
+        return False
+    try:
+        return load_checkpoint(target).get("config") == identity(config)
+    except UserError:
+        return False
+
+
+FORMATS = {"clean_acc": "ACC", "clean_acc_non_target": "ACC (non-target)", "asr": "ASR", "ra": "RA"}
+
+
+def table(rows):
+    """The metrics of ``rows`` ({name: metrics in percent}) as an aligned text table, without what was not measured."""
+    columns = [k for k in FORMATS if any(m.get(k) is not None for m in rows.values())]
+    first = max(len(name) for name in rows) + 2
+    lines = [" " * first + "".join(f"{FORMATS[c]:>{max(len(FORMATS[c]), 6) + 3}}" for c in columns)]
+    for name, metrics in rows.items():
+        cells = "".join(f"{metrics[c]:>{max(len(FORMATS[c]), 6) + 3}.2f}" if metrics[c] is not None else
+                        f"{'-':>{max(len(FORMATS[c]), 6) + 3}}" for c in columns)
+        lines.append(f"{name:<{first}}{cells}")
+    return "\n".join(lines)
