@@ -72,10 +72,13 @@ def make_teacher(model, clean_data, config, progress=None):
     return teacher.to(next(model.parameters()).device)
 
 
-def erase(model, clean_data, config, progress=None):
-    """Erase the backdoor of ``model`` by attention distillation from its fine-tuned copy. Returns the student."""
+def erase(model, clean_data, config, progress=None, teacher=None):
+    """Erase the backdoor of ``model`` by attention distillation. Returns the student.
+
+    ``teacher`` defaults to ``make_teacher(...)``: the network in ``config.t_model``, or ``model`` fine-tuned.
+    """
     layers = feature_layers(model, config.layers)
-    teacher = make_teacher(model, clean_data, config, progress)
+    teacher = teacher or make_teacher(model, clean_data, config, progress)
     own = layers if config.layers else feature_layers(teacher)
     if len(own) != len(layers):
         raise UserError(f"--t_name {config.t_name}: it has {len(own)} stages, the student {len(layers)}; name layers "

@@ -132,8 +132,8 @@ class TerminalProgress(Progress):
                     mininterval=0.2)
 
 
-def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False, compiled=False,
-        progress=None):
+def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
+        compiled=False, progress=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     An interrupted stage goes on from ``progress.load(stage)``. Everything random depends on ``seed``, ``stage`` and
