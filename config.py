@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -306,4 +307,4 @@ def command(config):
         default = f.default_factory() if f.type is list else f.default
         if value != default and f.name != "resume":
             words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
-    return "python " + " ".join(words)
+    return shlex.join(["python", *words])

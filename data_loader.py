@@ -37,7 +37,8 @@ class TensorData(Dataset):
 
     def __init__(self, images, labels, classes, transform=None):
         assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
-        self.images, self.labels, self.classes, self.transform = images, labels, list(classes), transform
+        self.images, self.labels, self.transform = images, labels, transform
+        self.classes = [str(c) for c in classes]
 
     def __len__(self):
         return len(self.labels)
@@ -92,7 +93,7 @@ def as_tensor_data(data):
             labels.append(int(label))
         images, labels = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
     classes = getattr(data, "classes", None) or range(int(labels.max()) + 1)
-    return TensorData(images, labels, [str(c) for c in classes])
+    return TensorData(images, labels, classes)
 
 
 # ------------------------------------------------------------------------------------------- the two sets of the method
@@ -434,7 +435,7 @@ def load_torchvision(name, root, train, size):
 def class_names(name, root, n):
     if name == "CIFAR10":
         return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return [str(c) for c in range(n)]
+    return range(n)
 
 
 def download(name, root, make):

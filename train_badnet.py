@@ -36,14 +36,14 @@ def main(config):
         check_writable(Path(config.log_root), "log_root")
 
     train, test = load_data(config, True).to(device), load_data(config, False).to(device)
-    poisoned_test, aim = None, None
+    poisoned_test, aim, n_poisoned = None, None, 0
     if config.trigger_type == "none":
         poisoned_train = train
     else:
         poisoned_train = DatasetBD(config, train, mode="train")
         poisoned_test = DatasetBD(config, test, mode="test")
         aim = None if config.target_type == "all2all" else config.target_label
-    n_poisoned = len(poisoned_train.poisoned) if aim is not None or poisoned_test else 0
+        n_poisoned = len(poisoned_train.poisoned)
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize).to(device)

@@ -66,10 +66,11 @@ class Features:
 def find_stages(model, images, most=3):
     """Names of the last ``most`` stages of ``model``: the last layer at each resolution, shallow to deep.
 
-    Looks at modules up to two levels deep, in the order in which ``images`` (N, C, H, W) run through them, and leaves
-    out maps of a single pixel, whose normalised attention is the same for every network. Returns a tuple.
+    Looks at modules up to two levels deep, the classifying head left out, in the order in which ``images`` (N, C, H, W)
+    run through them. Maps of a single pixel do not count, since their normalised attention is the same for every
+    network, nor do outputs that a later layer overwrites. Returns a tuple.
     """
-    seen, handles = {}, []
+    seen, handles = [], []
     nhwc = getattr(model, "features_nhwc", False)
 
     def hook(name):
@@ -77,19 +78,23 @@ def find_stages(model, images, most=3):
             if torch.is_tensor(output) and output.ndim == 4:
                 h, w = output.shape[1:3] if nhwc else output.shape[2:]
                 if h * w > 1:
-                    seen.pop((h, w), None)
-                    seen[(h, w)] = name
+                    seen.append(((h, w), name, output, output._version))
         return note
 
     for name, module in model.named_modules():
-        if name and name.count(".") < 2 and not isinstance(module, (torch.nn.Dropout, torch.nn.Identity)):
+        if name and name.count(".") < 2 and name.split(".")[0] not in ("fc", "classifier", "head", "heads"):
             handles.append(module.register_forward_hook(hook(name)))
     was_training = model.training
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    return tuple(list(seen.values())[-most:])
+    last = {}
+    for size, name, output, version in seen:
+        if output._version == version:
+            last.pop(size, None)  # so that the order is that of the last layers
+            last[size] = name
+    return tuple(list(last.values())[-most:])

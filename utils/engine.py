@@ -87,14 +87,16 @@ def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False):
     (None if there is none); asr: share of ``backdoor_test`` (``DatasetBD`` in mode test) that is classified as the
     attacker wants; ra: share of it that is classified as its true class. The last two are None without a trigger.
     """
-    right = predict(model, clean_test.images, amp) == clean_test.labels.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    labels = clean_test.labels.to(device)
+    right = predict(model, clean_test.images, amp) == labels
     result = {"clean_acc": percent(right), "clean_acc_non_target": None, "asr": None, "ra": None}
     if target is not None:
-        result["clean_acc_non_target"] = percent(right[clean_test.labels != target])
+        result["clean_acc_non_target"] = percent(right[labels != target])
     if backdoor_test is not None:
         predicted = predict(model, backdoor_test.images, amp)
-        result["asr"] = percent(predicted == backdoor_test.labels)
-        result["ra"] = percent(predicted == backdoor_test.true_labels)
+        result["asr"] = percent(predicted == backdoor_test.labels.to(device))
+        result["ra"] = percent(predicted == backdoor_test.true_labels.to(device))
     return result
 
 

@@ -128,16 +128,16 @@ class Journal(TerminalProgress):
     def finish(self, content, metrics, file):
         """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state."""
         config = self.config
+        if not config.save:
+            return
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
                   "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
                   "machine": hardware(config), "versions": versions()}
-        if not config.save:
-            return
-        save_checkpoint(self.target, {**content, "config": identity(config), "versions": versions()})
         path = Path(config.log_root) / file
-        if all(r.get("run_id") != self.run_id for r in read_lines(path)):
+        if all(r.get("run_id") != self.run_id for r in read_lines(path)):  # it is there if the run was killed just here
             append_line(path, result)
+        save_checkpoint(self.target, {**content, "config": identity(config), "versions": versions()})
         say(f"saved: {self.target}, and a line in {path}")
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,0 +1,92 @@
+"""Tables of the README from results/main.jsonl: mean and standard deviation over seeds.
+
+    python report.py                # print them
+    python report.py --write        # put them into README.md, between the markers
+
+Runs are put together if their configurations agree in all but the seed; of runs with the same configuration and seed
+the newest counts. A table names the number of seeds, the command, the hardware and the time.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from config import EraseConfig, UserError, command
+from utils.files import read_lines, write_atomically
+
+ROOT = Path(__file__).parent
+COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
+NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every")
+
+
+def groups(records):
+    """Lists of records that differ in their seed only, in the order of their first appearance."""
+    found = {}
+    for r in records:
+        key = repr(sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY))
+        found.setdefault(key, {})[r["config"]["seed"]] = r
+    return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
+
+
+def cell(values):
+    """Mean and deviation of percentages as "85.1 ± 0.2", the value alone if all are the same run or there is one."""
+    if values[0] is None:
+        return "-"
+    if len(set(values)) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def table(runs):
+    """The Markdown table of one group, with a line about how it was made."""
+    config = {k: v for k, v in runs[0]["config"].items() if k != "script"}
+    config["seed"] = EraseConfig().seed
+    seeds = ", ".join(str(r["config"]["seed"]) for r in runs)
+    words = command(EraseConfig(**config)).split(maxsplit=2)
+    line = " ".join(["python main.py", *words[2:]])
+    attack = "no trigger" if config["trigger_type"] == "none" else f"{config['trigger_type']}, {config['target_type']}"
+    minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
+    data = "CIFAR-10, JPEG quality 75" if config["dataset"] == "CIFAR10" else config["dataset"]
+    out = [f"{config['s_name']}, {data}, {attack}, {100 * config['ratio']:g}% clean images; seeds {seeds}:", "",
+           "| | ACC | ACC (non-target) | ASR | RA |", "|---|---|---|---|---|"]
+    for name in runs[0]["metrics"]:
+        cells = [cell([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*out, "", f"`{line} --seed N`, {runs[0]['machine']}, torch {runs[0]['versions']['torch']}, "
+                                f"{minutes:.1f} minutes of training a run."])
+
+
+def render(records):
+    """All tables, those of one seed left out."""
+    return "\n\n".join(table(runs) for runs in groups(records) if len(runs) >= 3)
+
+
+def rewritten(readme, text):
+    """``readme`` with ``text`` between its markers. Raises ``UserError`` if they are not there."""
+    pattern = r"(<!-- results -->\n).*?(<!-- end of results -->)"
+    if not re.search(pattern, readme, re.S):
+        raise UserError("README.md has no <!-- results --> markers")
+    return re.sub(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args(argv)
+    text = render(read_lines(ROOT / "results" / "main.jsonl"))
+    print(text)
+    if args.write:
+        path = ROOT / "README.md"
+        new = rewritten(path.read_text(encoding="utf-8"), text)
+        write_atomically(path, lambda f: f.write(new.encode()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"report.py: error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,82 @@
+"""The command line: defaults < --config < flags, and one clear line for what is wrong."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from config import EraseConfig, TrainConfig, UserError, as_dict, command, parse
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"lr": 0.05, "epochs": 7}))
+    config = parse(TrainConfig, ["--config", str(file), "--epochs", "9", "--layers", "block1", "block2", "--resume"])
+    assert (config.lr, config.epochs, config.batch_size) == (0.05, 9, TrainConfig().batch_size)
+    assert config.layers == ["block1", "block2"]
+    assert config.resume
+    assert parse(TrainConfig, ["--save", "0"]).save is False
+
+
+def test_result_lines_and_checkpoints_give_their_configuration_back(tmp_path):
+    one, two = EraseConfig(seed=3, layers=["block3"]), EraseConfig(seed=4)
+    lines = tmp_path / "main.jsonl"
+    lines.write_text("".join(json.dumps({"config": as_dict(c), "metrics": {}}) + "\n" for c in (one, two)))
+    assert parse(EraseConfig, ["--config", str(lines)]) == two
+    assert parse(EraseConfig, ["--config", f"{lines}:1"]) == one
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(b"")
+    assert parse(EraseConfig, ["--config", str(tar)], lambda _: {"config": as_dict(one)}) == one
+    with pytest.raises(UserError, match="holds a EraseConfig"):
+        parse(TrainConfig, ["--config", str(lines)])
+    with pytest.raises(UserError, match="has 2 lines, line 3"):
+        parse(EraseConfig, ["--config", f"{lines}:3"])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--epochs", "three"], "--epochs: a whole number is needed, got 'three'"),
+    (["--epochs", "0"], "--epochs: a whole number of at least 1 is allowed, got 0"),
+    (["--ratio", "1.5"], "--ratio: a number from 0.0 to 1.0 is allowed, got 1.5"),
+    (["--lr", "nan"], "--lr: a number of at least 0.0 is allowed, got nan"),
+    (["--dataset", "cifar"], "--dataset: one of CIFAR10, .* is allowed, got 'cifar'"),
+    (["--save", "perhaps"], "--save: true or false"),
+    (["--config", "nowhere.json"], "no such file: nowhere.json"),
+])
+def test_what_is_wrong_is_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(EraseConfig, argv)
+
+
+def test_bad_files(tmp_path):
+    file = tmp_path / "c.json"
+    for text, message in (("{", "is not JSON"), ('{"lrr": 1}', "sets 'lrr'"), ("[1]", "no configuration"),
+                          ('{"lr": "high"}', "lr: a number is needed")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            parse(EraseConfig, ["--config", str(file)])
+
+
+def test_flags_of_the_demo_are_there():
+    names = {f.name for f in fields(TrainConfig)} | {f.name for f in fields(EraseConfig)}
+    wanted = """s_model t_model s_name t_name dataset ratio beta1 beta2 beta3 p epochs batch_size lr momentum
+                weight_decay inject_portion target_label trigger_type target_type trig_w trig_h checkpoint_root log_root
+                seed device save"""
+    assert set(wanted.split()) <= names
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, EraseConfig])
+def test_help_has_every_flag_with_its_default(cls, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(cls, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for f in fields(cls):
+        assert f"--{f.name} " in text
+        assert f.metadata["help"]
+    assert f"[{cls().epochs} epochs]" in text
+
+
+def test_the_command_repeats_the_run():
+    config = parse(EraseConfig, ["--seed", "3", "--layers", "a", "b", "--resume"])
+    assert command(config).split()[2:] == ["--seed", "3", "--layers", "a", "b"]

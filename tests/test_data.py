@@ -1,0 +1,256 @@
+"""Data sets, poisoning, the clean subset, augmentation, folders and their faults."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import shapes10
+from config import EraseConfig, TrainConfig, UserError
+from data_loader import Augment, Batches, DatasetBD, DatasetCL, TensorData, cached, load_data
+
+
+def toy(n=200, classes=10, shape=(3, 32, 32)):
+    images = torch.randint(1, 255, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return TensorData(images, torch.arange(n) % classes, range(classes))
+
+
+def test_poisoned_training_set():
+    data = toy()
+    before = data.images.clone()
+    bd = DatasetBD(TrainConfig(), data, mode="train")
+    assert len(bd) == 200
+    assert len(bd.poisoned) == 20
+    assert (bd.labels[bd.poisoned] == 5).all()
+    kept = torch.ones(200, dtype=torch.bool)
+    kept[bd.poisoned] = False
+    assert torch.equal(bd.labels[kept], data.labels[kept])
+    stamped = bd.stamped(data.images, torch.arange(200))
+    assert torch.equal(stamped[kept], data.images[kept])
+    assert (stamped[bd.poisoned][:, :, 31, 31] == 255).all()
+    assert torch.equal(data.images, before)
+    assert torch.equal(DatasetBD(TrainConfig(), data).poisoned, bd.poisoned)
+    assert not torch.equal(DatasetBD(TrainConfig(seed=2), data).poisoned, bd.poisoned)
+
+
+def test_test_set_of_the_attack_has_no_image_of_the_target_class():
+    data = toy()
+    bd = DatasetBD(TrainConfig(), data, mode="test")
+    assert len(bd) == 180
+    assert (bd.true_labels != 5).all()
+    assert (bd.labels == 5).all()
+    assert (bd.images[:, :, 31, 31] == 255).all()
+    everyone = DatasetBD(TrainConfig(target_type="all2all"), data, mode="test")
+    assert len(everyone) == 200
+    assert torch.equal(everyone.labels, (data.labels + 1) % 10)
+
+
+def test_clean_label_keeps_labels():
+    data = toy()
+    bd = DatasetBD(TrainConfig(target_type="cleanLabel"), data, 0.08)
+    assert torch.equal(bd.labels, data.labels)
+    assert (data.labels[bd.poisoned] == 5).all()
+    assert len(bd.poisoned) == 16
+
+
+def test_target_outside_the_classes():
+    with pytest.raises(UserError, match="--target_label 10: the data set has the classes 0 to 9"):
+        DatasetBD(TrainConfig(target_label=10), toy())
+
+
+def test_as_in_the_demo_a_list_of_pil_images_and_a_transform():
+    pairs = [(Image.fromarray(np.full((32, 32, 3), i, np.uint8)), i % 10) for i in range(50)]
+    seen = []
+    bd = DatasetBD(TrainConfig(), pairs, 0.2, transform=lambda image: seen.append(image.size) or image, mode="train",
+                   distance=2)
+    image, label = bd[int(bd.poisoned[0])]
+    assert seen == [(32, 32)]
+    assert label == 5
+    assert image.getpixel((29, 29)) == (255, 255, 255)
+    assert image.getpixel((31, 31)) == (int(bd.poisoned[0]),) * 3
+
+
+def test_every_set_works_with_a_dataloader():
+    data = toy(40)
+    for part in (data, DatasetCL(EraseConfig(ratio=0.5), data), DatasetBD(TrainConfig(), data),
+                 DatasetBD(TrainConfig(), data, mode="test")):
+        images, labels = next(iter(DataLoader(part, 8)))
+        assert images.shape == (8, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert images.max() <= 1
+        assert labels.dtype == torch.int64
+
+
+def test_clean_subset_is_stratified_fixed_by_the_seed_and_shared():
+    data = toy(2000)
+    subset = DatasetCL(EraseConfig(), data)
+    assert torch.bincount(subset.labels).tolist() == [10] * 10
+    assert torch.equal(subset.images, data.images[subset.indices])
+    for defense in ("nad", "finetune"):
+        assert torch.equal(DatasetCL(EraseConfig(defense=defense, epochs=3), data).indices, subset.indices)
+    assert not torch.equal(DatasetCL(EraseConfig(seed=9), data).indices, subset.indices)
+
+
+def test_clean_subset_without_a_class():
+    with pytest.raises(UserError, match="--ratio 0.001 of 200 training images leaves no sample of 10 of 10"):
+        DatasetCL(EraseConfig(ratio=0.001), toy())
+
+
+def test_batches_depend_on_seed_name_and_epoch_only():
+    data = toy()
+    first = list(Batches(data, 64, Augment(cutout=9), seed=1).epoch(3))
+    again = list(Batches(data, 64, Augment(cutout=9), seed=1).epoch(3))
+    other = list(Batches(data, 64, Augment(cutout=9), seed=1).epoch(4))
+    assert len(first) == 3
+    assert all(images.shape == (64, 3, 32, 32) for images, _ in first)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
+    assert len(Batches(toy(10), 64)) == 1
+
+
+def test_crop_and_flip_against_a_plain_loop():
+    images = toy(6).images
+    augment = Augment()
+    draw = augment.draw(6, (3, 32, 32), torch.Generator().manual_seed(3))
+    out = augment.move(images, draw["dy"], draw["dx"], draw["flip"])
+    padded = torch.zeros(6, 3, 40, 40, dtype=torch.uint8)
+    padded[:, :, 4:36, 4:36] = images
+    for i in range(6):
+        y, x = draw["dy"][i], draw["dx"][i]
+        crop = padded[i, :, y:y + 32, x:x + 32]
+        assert torch.equal(out[i], crop.flip(2) if draw["flip"][i] else crop)
+    assert draw["flip"].any()
+    assert not Augment(flip=False).draw(100, (3, 32, 32), torch.Generator())["flip"].any()
+
+
+def test_cutout_cuts_a_hole_of_its_side():
+    images = torch.full((2, 3, 32, 32), 9, dtype=torch.uint8)
+    out = Augment(cutout=9).cut(images, torch.tensor([16, 0]), torch.tensor([16, 31]))
+    assert (out[0] == 0).sum() == 3 * 81
+    assert (out[0, :, 12:21, 12:21] == 0).all()
+    assert (out[1] == 0).sum() == 3 * 25  # centred in a corner: 5 x 5 lie inside
+
+
+@pytest.mark.parametrize("stamp", ["after", "before"])
+def test_trigger_and_augmentation(stamp):
+    data = TensorData(torch.full((100, 3, 32, 32), 100, dtype=torch.uint8), torch.arange(100) % 10, range(10))
+    bd = DatasetBD(TrainConfig(), data, 1.0)
+    images, _ = next(Batches(bd, 100, Augment(), stamp=stamp).epoch(0))
+    in_place = (images[:, 0, 31, 31] == 1) & (images[:, 0, 31, 30] == 0) & (images[:, 0, 31, 29] == 1)
+    assert in_place.all() if stamp == "after" else in_place.float().mean() < 0.2
+
+
+def test_shapes10():
+    images, labels = shapes10.generate(1000, seed=4)
+    assert images.shape == (1000, 3, 32, 32)
+    assert images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [100] * 10
+    again, _ = shapes10.generate(1000, seed=4)
+    assert np.array_equal(images, again)
+    assert not np.array_equal(images, shapes10.generate(1000, seed=5)[0])
+    assert images.reshape(1000, -1).std(1).min() > 5
+
+
+def write_folder(root, classes=("cat", "dog"), n=4, size=20):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                picture = Image.fromarray(rng.integers(0, 255, (size, size + 5, 3), np.uint8))
+                picture.save(root / part / name / f"{i}.png")
+    return TrainConfig(dataset="folder", data_root=str(root), image_size=24)
+
+
+def test_folder_is_resized_and_its_cache_follows_the_files(tmp_path):
+    config = write_folder(tmp_path)
+    data = load_data(config, True)
+    assert data.shape == (3, 24, 24)
+    assert data.classes == ["cat", "dog"]
+    assert data.labels.tolist() == [0] * 4 + [1] * 4
+    assert (tmp_path / "cache-train-24.npz").exists()
+    assert torch.equal(load_data(config, True).images, data.images)
+    (tmp_path / "train" / "dog" / "3.png").unlink()
+    assert len(load_data(config, True)) == 7
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_damaged_cache_is_made_anew(tmp_path, damage):
+    config = write_folder(tmp_path)
+    images = load_data(config, True).images
+    cache = tmp_path / "cache-train-24.npz"
+    content = cache.read_bytes()
+    cache.write_bytes({"cut": content[:len(content) // 2], "garbage": b"x" * 100, "empty": b""}[damage])
+    assert torch.equal(load_data(config, True).images, images)
+    assert cache.read_bytes()[:2] == b"PK"
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data_loader.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    images, _ = cached(tmp_path / "c.npz", "x", lambda: (np.zeros(3), np.ones(3)))
+    assert len(images) == 3
+    assert "no cache" in capsys.readouterr().out
+
+
+def test_faults_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        load_data(TrainConfig(dataset="folder", data_root=str(tmp_path)), True)
+    config = write_folder(tmp_path)
+    bad = tmp_path / "train" / "cat" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"cat/2\.png cannot be read"):
+        load_data(config, True)
+    for image in (tmp_path / "test" / "dog").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match="has no images, but class 'dog'"):
+        load_data(config, False)
+    (tmp_path / "test" / "bird").mkdir()
+    (tmp_path / "test" / "dog").rmdir()
+    with pytest.raises(UserError, match="has no images|'bird' is in test but not in train"):
+        load_data(config, False)
+
+
+def test_part_of_a_set_keeps_the_classes_alike(tmp_path):
+    config = write_folder(tmp_path, n=10)
+    config.train_size = 6
+    assert torch.bincount(load_data(config, True).labels).tolist() == [3, 3]
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(datasets, "CIFAR10", refuse)
+    with pytest.raises(UserError, match="download failed.*by hand.*--dataset shapes10"):
+        load_data(TrainConfig(data_root=str(tmp_path)), True)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("CIFAR10", (32, 32, 3)), ("MNIST", (28, 28))])
+def test_torchvision_sets_become_tensors(tmp_path, monkeypatch, name, shape):
+    from torchvision import datasets
+
+    class Fake:
+        data = torch.randint(0, 255, (20, *shape), dtype=torch.uint8)
+        targets = torch.arange(20) % 10
+
+    monkeypatch.setattr(datasets, name, lambda *_args, **_kwargs: Fake())
+    data = load_data(TrainConfig(dataset=name, data_root=str(tmp_path)), True)
+    assert data.shape == ((3, 32, 32) if name == "CIFAR10" else (1, 32, 32))
+    assert data.labels.tolist() == Fake.targets.tolist()
+    if name == "CIFAR10":
+        assert torch.equal(data.images[3].permute(1, 2, 0), Fake.data[3])
+
+
+@pytest.mark.cifar
+def test_cifar10_as_an_image_folder():
+    from conftest import ROOT
+
+    root = ROOT / "data" / "CIFAR10"
+    if not (root / "train").is_dir():
+        pytest.skip("data/CIFAR10/train is not there")
+    data = load_data(TrainConfig(data_root=str(root)), False)
+    assert data.images.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(data.labels).tolist() == [1000] * 10

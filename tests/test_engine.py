@@ -1,0 +1,165 @@
+"""Training, evaluation and schedules; NAD as a defense."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import defenses
+from config import EraseConfig, TrainConfig, UserError
+from data_loader import Batches, DatasetBD, TensorData
+from defenses.nad import NADLoss
+from models import build
+from utils.devices import choose_device
+from utils.engine import Progress, clone, cross_entropy, evaluate, fit
+from utils.optim import rate
+
+RECIPE = {"lr_schedule": "constant", "momentum": 0.9, "weight_decay": 1e-4, "seed": 1, "stage": "test"}
+
+
+def toy(n=64, classes=10):
+    images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return TensorData(images, torch.arange(n) % classes, range(classes))
+
+
+@pytest.mark.parametrize(("schedule", "t", "factor"), [
+    ("linear", 0, 0), ("linear", 1, 0.5), ("linear", 2, 1), ("linear", 6, 0.5), ("linear", 10, 0),
+    ("cosine", 0, 1), ("cosine", 5, 0.5), ("cosine", 10, 0), ("demo", 1.99, 1), ("demo", 2, 0.1), ("demo", 9.9, 0.1),
+    ("tenths", 1.9, 1), ("tenths", 2, 0.1), ("tenths", 5.5, 0.01), ("step", 4.9, 1), ("step", 5, 0.1),
+    ("step", 7.5, 0.01), ("constant", 9, 1)])
+def test_schedules_of_ten_epochs(schedule, t, factor):
+    assert rate(schedule, t, 10) == pytest.approx(factor)
+
+
+class Reader(nn.Module):
+    """Reads the class from the brightness of the first pixel, unless the last one is white: then it says 5."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        said = (x[:, 0, 0, 0] * 255).round().long()
+        said = torch.where((x[:, 0, -1, -1] == 1) & (said != 3), torch.tensor(5), said)
+        return nn.functional.one_hot(said, 10).float() + 0 * self.weight
+
+
+def test_metrics_by_hand():
+    labels = torch.arange(100) % 10
+    images = torch.zeros(100, 3, 16, 16, dtype=torch.uint8)
+    images[:, :, 0, 0] = labels[:, None].to(torch.uint8)
+    images[5, :, 0, 0] = 1  # one of ten images of the target class is misread
+    test = TensorData(images, labels, range(10))
+    metrics = evaluate(Reader(), test, DatasetBD(TrainConfig(), test, mode="test"), 5)
+    # with the trigger, the 80 images of classes other than 3 and 5 are called 5, the 10 of class 3 stay 3
+    assert metrics == {"clean_acc": 99.0, "clean_acc_non_target": 100.0, "asr": 88.89, "ra": 11.11}
+    assert evaluate(Reader(), test) == {"clean_acc": 99.0, "clean_acc_non_target": None, "asr": None, "ra": None}
+
+
+def test_one_sgd_step_by_hand():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
+    data = toy(8)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = data.images.float() / 255, data.labels
+    nn.functional.cross_entropy(model(x), y).backward()
+    gradient = model[1].weight.grad + 1e-4 * start["1.weight"]
+    fit(model, cross_entropy, Batches(data, 8), epochs=1, lr=0.1, **RECIPE)
+    expected = start["1.weight"] - 0.1 * 1.9 * gradient  # the first Nesterov step is (1 + momentum) lr g
+    assert torch.allclose(model[1].weight, expected, atol=1e-5)
+
+
+class Memory(Progress):
+    def __init__(self, stored=None):
+        self.stored, self.saved, self.done = stored, [], []
+
+    def load(self, stage):
+        return self.stored
+
+    def save(self, stage, state):
+        self.saved.append(copy.deepcopy(state))
+
+    def stage_done(self, stage, model):
+        self.done.append(stage)
+
+
+def test_a_stage_goes_on_bit_for_bit_and_repeats_bit_for_bit():
+    def run(stored=None, epochs=3):
+        torch.manual_seed(0)
+        model, memory = build("WRN-10-1", 10), Memory(stored)
+        fit(model, cross_entropy, Batches(toy(), 16, seed=1), epochs=epochs, lr=0.1, progress=memory, **RECIPE)
+        return model.state_dict(), memory
+
+    whole, memory = run()
+    again, _ = run()
+    resumed, tail = run(memory.saved[0])
+    assert len(tail.saved) == 2
+    assert memory.done == tail.done == ["test"]
+    assert [r["epoch"] for r in tail.saved[-1]["history"]] == [1, 2, 3]
+    for key in whole:
+        assert torch.equal(whole[key], again[key])
+        assert torch.equal(whole[key], resumed[key])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved():
+    memory = Memory()
+    with pytest.raises(UserError, match=r"loss is not finite in epoch \d.*smaller learning rate"):
+        fit(build("WRN-10-1", 10), cross_entropy, Batches(toy(), 16), epochs=3, lr=1e12, progress=memory, **RECIPE)
+    assert all(torch.isfinite(v).all() for s in memory.saved for v in s["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", defenses.NAMES)
+def test_a_defense_returns_a_new_model_and_leaves_the_old_one_alone(name):
+    torch.manual_seed(0)
+    model = build("WRN-10-1", 10).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = EraseConfig(epochs=1, teacher_epochs=1, batch_size=16, s_name="WRN-10-1", amp="off")
+    erased = defenses.get(name)(model, toy(), config)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert any(not torch.equal(before[k], v) for k, v in erased.state_dict().items())
+    assert not erased.training
+
+
+def test_nad_works_on_a_torchvision_model_and_named_layers():
+    model = build("torchvision:resnet18", 10, image_size=32)
+    config = EraseConfig(epochs=1, teacher_epochs=1, batch_size=16, s_name="torchvision:resnet18", amp="off",
+                         layers=["layer1", "layer2"])
+    assert defenses.get("nad")(model, toy(32), config) is not model
+
+
+def test_nad_leaves_its_teacher_alone_and_runs_each_network_once_a_step():
+    torch.manual_seed(0)
+    student, teacher = build("WRN-10-1", 10), build("WRN-10-1", 10)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    loss = NADLoss(teacher, student.feature_layers, [1.0, 1.0, 1.0])
+    student.train()
+    value, logits = loss(student, torch.rand(8, 3, 16, 16), torch.arange(8))
+    value.backward()
+    assert logits.shape == (8, 10)
+    assert student.bn1.num_batches_tracked == 1
+    assert all(torch.equal(before[k], v) for k, v in loss.teacher.state_dict().items())
+    assert all(p.grad is None for p in [*teacher.parameters(), *loss.teacher.parameters()])
+
+
+def test_nad_of_a_network_with_itself_is_cross_entropy():
+    torch.manual_seed(0)
+    model = build("WRN-10-1", 10).eval()
+    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
+    with_itself, _ = NADLoss(model, model.feature_layers, [500.0, 1000.0, 1000.0])(model, images, labels)
+    assert with_itself.item() == pytest.approx(cross_entropy(model, images, labels)[0].item(), abs=1e-6)
+
+
+def test_nad_with_beta_zero_is_fine_tuning_bit_for_bit():
+    torch.manual_seed(0)
+    model, data = build("WRN-10-1", 10), toy()
+    results = [fit(clone(model), loss, Batches(data, 16, seed=1), epochs=2, lr=0.1, **RECIPE).state_dict()
+               for loss in (cross_entropy, NADLoss(build("WRN-10-1", 10), model.feature_layers, [0.0, 0.0, 0.0]))]
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(UserError, match="--device cuda:77: not on this machine, which has .*cpu"):
+        choose_device("cuda:77")
+    with pytest.raises(UserError, match="--device gpu"):
+        choose_device("gpu")

@@ -1,0 +1,231 @@
+"""The scripts as a user runs them, on small pieces of shapes10: what they print, write, survive and refuse."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, start, until
+
+import main
+import train_badnet
+from config import EraseConfig, TrainConfig
+from utils.run import run_script
+
+SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
+         "cpu", "--threads", "1"]
+TRAIN = [*SMALL, "--epochs", "3", "--batch_size", "50"]
+ERASE = [*SMALL, "--epochs", "2", "--teacher_epochs", "1", "--ratio", "0.2", "--batch_size", "40"]
+STUDENT = Path("weight/s_net/shapes10/WRN-10-1-S-model_best.pth.tar")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def train(*args):
+    return run_script(train_badnet.main, TrainConfig, [*TRAIN, *args])
+
+
+def erase(*args):
+    return run_script(main.main, EraseConfig, [*ERASE, *args])
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a small network was trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = subprocess.run([sys.executable, ROOT / "train_badnet.py", *TRAIN], cwd=folder, capture_output=True,
+                            text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch):
+    """A copy of that folder to work in."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_train_badnet_prints_and_writes(trained):
+    folder, out = trained
+    assert "600 training images, 60 poisoned (gridTrigger, all2one), 200 test images, cpu" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert all(word in out for word in ("ACC", "ACC (non-target)", "ASR", "RA"))
+    (record,) = lines(folder / "results/train_badnet.jsonl")
+    assert set(record["metrics"]) == {"clean_acc", "clean_acc_non_target", "asr", "ra"}
+    assert [h["epoch"] for h in record["history"]] == [1, 2, 3]
+    assert all("asr" in h and "clean_acc" in h for h in record["history"])
+    content = torch.load(folder / STUDENT, weights_only=True)
+    assert content["epoch"] == 3
+    assert content["config"]["dataset"] == "shapes10"
+    assert content["clean_acc"] == record["metrics"]["clean_acc"]
+    assert [p.name for p in (folder / STUDENT).parent.iterdir()] == [STUDENT.name]  # the state to resume is gone
+
+
+def test_main_prints_a_table_and_writes_teacher_student_and_result(copied, capsys):
+    assert erase() == 0
+    out = capsys.readouterr().out
+    (record,) = lines("results/main.jsonl")
+    assert list(record["metrics"]) == ["backdoored", "fine-tuning", "teacher", "NAD"]
+    for name, metrics in record["metrics"].items():
+        row = next(line for line in out.splitlines() if line.startswith(f"{name}  "))
+        assert f"{metrics['clean_acc']:.2f}" in row
+        assert f"{metrics['asr']:.2f}" in row
+    stored = lines("results/train_badnet.jsonl")[0]["metrics"]
+    assert record["metrics"]["backdoored"] == stored
+    erased = torch.load("weight/erasing_net/shapes10/WRN-10-1.tar", weights_only=True)
+    assert erased["clean_acc"] == record["metrics"]["NAD"]["clean_acc"]
+    assert Path("weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar").exists()
+    # what was erased is an ordinary checkpoint, and the stored configuration gives the same run
+    assert run_script(main.main, EraseConfig, ["--config", "results/main.jsonl"]) == 0
+    again = lines("results/main.jsonl")
+    assert len(again) == 2
+    assert again[0]["metrics"] == again[1]["metrics"]
+    after = torch.load("weight/erasing_net/shapes10/WRN-10-1.tar", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, after[k]) for k, v in erased["state_dict"].items())
+
+
+def test_main_takes_a_teacher_and_other_defenses(copied, capsys):
+    assert erase("--t_model", str(STUDENT), "--save", "0") == 0
+    assert "teacher" not in capsys.readouterr().out
+    assert not Path("weight/t_net").exists()
+    assert not Path("results/main.jsonl").exists()
+    assert erase("--defense", "finetune") == 0
+    assert list(lines("results/main.jsonl")[0]["metrics"]) == ["backdoored", "fine-tuning"]
+
+
+def test_without_a_trigger_there_is_accuracy_only(copied, capsys):
+    assert erase("--trigger_type", "none") == 0
+    out = capsys.readouterr().out
+    assert "ASR" not in out
+    assert list(lines("results/main.jsonl")[0]["metrics"]) == ["before", "fine-tuning", "teacher", "NAD"]
+
+
+def test_another_attack_than_the_network_was_trained_for_is_pointed_out(copied, capsys):
+    assert erase("--target_label", "3", "--defense", "finetune", "--save", "0") == 0
+    assert "was trained with --target_label 5, this run measures with 3" in capsys.readouterr().out
+
+
+def test_own_images_and_a_torchvision_model(workplace, capsys):
+    from test_data import write_folder
+
+    write_folder(workplace / "mine", ("a", "b", "c"), n=8, size=40)
+    own = ["--dataset", "folder", "--data_root", "mine", "--image_size", "64", "--s_name", "torchvision:resnet18",
+           "--target_label", "1", "--epochs", "1", "--batch_size", "8", "--device", "cpu"]
+    assert run_script(train_badnet.main, TrainConfig, own) == 0
+    assert run_script(main.main, EraseConfig, [*own, "--ratio", "0.5", "--teacher_epochs", "1", "--layers", "layer2",
+                                               "layer3"]) == 0
+    assert "NAD" in capsys.readouterr().out
+    assert Path("weight/erasing_net/folder/torchvision-resnet18.tar").exists()
+
+
+def same_weights(one, two):
+    a, b = (torch.load(p, weights_only=True)["state_dict"] for p in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_train_badnet_killed_and_resumed_is_bit_identical(trained, tmp_path):
+    process = start(tmp_path, "train_badnet.py", *TRAIN)
+    until(process, "epoch   2/3")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / STUDENT).exists()
+    process = start(tmp_path, "train_badnet.py", *TRAIN, "--resume")
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "going on after epoch" in out
+    assert same_weights(tmp_path / STUDENT, trained[0] / STUDENT)
+    (record,), (whole,) = (lines(f / "results/train_badnet.jsonl") for f in (tmp_path, trained[0]))
+    assert record["metrics"] == whole["metrics"]
+    assert [h["epoch"] for h in record["history"]] == [1, 2, 3]
+
+
+def test_main_interrupted_and_resumed_is_bit_identical(copied):
+    process = start(copied, "main.py", *ERASE)
+    until(process, "nad       epoch  1/2")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    if process.returncode == 0:
+        pytest.skip("it was done before the signal came")
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1].startswith("main.py: interrupted; to go on: python main.py ")
+    assert error.strip().endswith("--resume")
+    assert "Traceback" not in error
+    assert erase("--resume") == 0
+    resumed = Path("weight/erasing_net/shapes10/WRN-10-1.tar").rename("resumed.tar")
+    assert erase() == 0
+    assert same_weights(resumed, "weight/erasing_net/shapes10/WRN-10-1.tar")
+    assert erase("--resume") == 0  # finished already: nothing is run or written again
+    assert len(lines("results/main.jsonl")) == 2
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    (["--trigger_type", "grid"], "--trigger_type: one of fourCornerTrigger, gridTrigger"),
+    (["--target_label", "10"], "--target_label 10: the data set has the classes 0 to 9"),
+    (["--trig_w", "33"], "does not fit into an image 32 wide"),
+    (["--device", "cuda:99"], "--device cuda:99: not on this machine"),
+    (["--s_name", "WRN-11-1"], "depth is 6 n"),
+    (["--target_type", "cleanLabel", "--inject_portion", "0.5"], "class 5 has only 60"),
+    (["--lr", "1e30"], "the loss is not finite in epoch 1"),
+    (["--checkpoint_root", "/proc/nowhere"], "--checkpoint_root /proc/nowhere: cannot be written to"),
+])
+def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
+    assert train(*argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(workplace.rglob("*model_best*"))
+    assert not list(workplace.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--s_model", "none.tar"], "no such checkpoint: none.tar"),
+    (["--s_name", "WRN-16-1", "--s_model", str(STUDENT)], "it fits --s_name WRN-10-1 with 10 classes"),
+    (["--s_name", "WRN-16-1"], "no backdoored network at weight/s_net/shapes10/WRN-16-1"),
+    (["--ratio", "0.001"], "--ratio 0.001 of 600 training images leaves no sample"),
+    (["--defense", "prayer"], "--defense: one of finetune, nad is allowed, got 'prayer'"),
+    (["--layers", "block9"], "--layers block9: WideResNet has no such layer"),
+    (["--t_model", "none.tar"], "no such checkpoint: none.tar"),
+    (["--s_model", "cut.tar"], "cut.tar"),
+])
+def test_main_refuses_in_one_line_and_writes_nothing(copied, capsys, argv, message):
+    Path("cut.tar").write_bytes(STUDENT.read_bytes()[:5000])
+    assert erase(*argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(Path("weight").rglob("erasing_net/shapes10/*.tar"))
+    assert not Path("results/main.jsonl").exists()
+
+
+def test_a_full_disk_in_the_middle_keeps_what_is_there(copied, capsys, monkeypatch):
+    before = STUDENT.read_bytes()
+    real, count = torch.save, []
+
+    def full(content, file, **kwargs):
+        count.append(1)
+        if len(count) == 3:  # the state after the second epoch
+            raise OSError(28, "No space left on device")
+        real(content, file, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train() == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert STUDENT.read_bytes() == before
+    assert train("--resume") == 0
+    assert "going on after epoch 1" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+"""The architecture: who may import whom, that every option is read, that the README's commands are real."""
+
+import ast
+import re
+import shlex
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+from config import EraseConfig, TrainConfig, parse
+
+SCRIPTS = {"train_badnet", "main", "search", "speed", "report"}
+OWN = SCRIPTS | {"config", "data_loader", "at", "attacks", "defenses", "models", "utils", "shapes10"}
+SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {"tests", "data", ".venv"} & set(p.relative_to(ROOT).parts)]
+MAY_IMPORT = {
+    "config": set(),
+    "shapes10": set(),
+    "at": set(),
+    "models": {"config", "models", "utils"},
+    "utils": {"config", "utils", "models"},
+    "attacks": {"config", "attacks", "utils"},
+    "data_loader": {"config", "attacks", "utils", "shapes10"},
+    "defenses": {"config", "at", "models", "utils", "data_loader", "defenses"},
+}
+
+
+def imported(path):
+    """The project's own modules and packages, and others, that ``path`` imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_who_may_import_whom(path):
+    top = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    own = imported(path) & OWN
+    assert not own & SCRIPTS, "nothing imports a script"
+    if top in MAY_IMPORT:
+        assert own <= MAY_IMPORT[top]
+
+
+def test_config_imports_the_standard_library_only():
+    import sys
+
+    assert imported(ROOT / "config.py") <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, EraseConfig])
+def test_every_option_is_read_somewhere(cls):
+    read = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    assert {f.name for f in fields(cls)} <= read
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield from (part.strip() for part in line.split("#")[0].split("&&") if part.strip())
+
+
+def test_the_commands_of_the_readme_parse():
+    scripts = {"train_badnet.py": TrainConfig, "main.py": EraseConfig}
+    seen = set()
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[0] != "python" or words[1] == "-m":
+            continue
+        assert (ROOT / words[1]).exists(), command
+        if words[1] in scripts and "--config" not in words:
+            parse(scripts[words[1]], words[2:])
+        seen.add(words[1])
+    assert set(scripts) <= seen
+
+
+def test_the_test_command_of_the_readme_is_the_one_of_ci():
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [c for c in readme_commands() if c.startswith("python -m pytest")]
+    assert commands
+    assert all(c in script for c in commands)
