@@ -95,7 +95,11 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 
     epochs: int = option(30, "training", "epochs; the last one is saved", low=1, unit="epochs")
     batch_size: int = option(128, "training", "batch size", low=2, unit="images")
-    lr: float = option(0.3, "training", "peak learning rate", low=0.0)
+    optimizer: str = option("muon", "training", "muon = orthogonalised momentum on the convolutions, SGD on the rest; "
+                                                "sgd [10 epochs, held-out ACC: muon 83.4, sgd 82.4 with --lr 0.3]",
+                            choices=("muon", "sgd"))
+    lr: float = option(0.1, "training", "peak learning rate of SGD; 0.3 is good if it trains all", low=0.0)
+    turn: float = option(0.02, "training", "muon's peak step, as a share of a weight's norm", low=0.0, high=1.0)
     lr_schedule: str = option("linear", "training", "linear = up for a fifth of the run, then down to 0; cosine; "
                                                     "step = divided by 10 at half and three quarters; constant",
                               choices=("linear", "cosine", "step", "constant"))

@@ -105,7 +105,7 @@ class Bench:
         if SURROGATE.exists():
             load_weights(self.model, load_checkpoint(SURROGATE), SURROGATE)
         else:
-            config = TrainConfig(epochs=EPOCHS)
+            config = TrainConfig(epochs=EPOCHS, lr=0.3)
             fit(self.model, cross_entropy, Batches(SurrogateSet(self.train), config.batch_size, make_augment(config),
                                                    SEED, "surrogate"),
                 epochs=EPOCHS, lr=config.lr, lr_schedule=config.lr_schedule, momentum=config.momentum,

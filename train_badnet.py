@@ -61,7 +61,7 @@ def main(config):
                       config.stamp)
     fit(model, cross_entropy, batches, epochs=config.epochs, lr=config.lr, lr_schedule=config.lr_schedule,
         momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed, stage="train_badnet",
-        amp=amp, compiled=config.compile, progress=journal)
+        turn=config.turn if config.optimizer == "muon" else 0.0, amp=amp, compiled=config.compile, progress=journal)
     metrics = evaluate(model, test, poisoned_test, aim)
     say("\n" + table({"backdoored" if n_poisoned else "clean": metrics}) + "\n")
     journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, metrics,

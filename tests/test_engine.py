@@ -13,7 +13,7 @@ from defenses.nad import NADLoss
 from models import build
 from utils.devices import choose_device
 from utils.engine import Progress, clone, cross_entropy, evaluate, fit
-from utils.optim import rate
+from utils.optim import make_optimizer, orthogonalized, rate
 
 RECIPE = {"lr_schedule": "constant", "momentum": 0.9, "weight_decay": 1e-4, "seed": 1, "stage": "test"}
 
@@ -67,6 +67,31 @@ def test_one_sgd_step_by_hand():
     fit(model, cross_entropy, Batches(data, 8), epochs=1, lr=0.1, **RECIPE)
     expected = start["1.weight"] - 0.1 * 1.9 * gradient  # the first Nesterov step is (1 + momentum) lr g
     assert torch.allclose(model[1].weight, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 27), (2, 40, 9)])
+def test_orthogonalized_keeps_the_singular_vectors_and_evens_the_values(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = orthogonalized(g)
+    values = torch.linalg.svdvals(x)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ x @ v.mT  # diagonal if the vectors are the same
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+
+
+def test_a_step_of_muon_turns_a_convolution_and_keeps_its_norm():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3)
+    start = conv.weight.detach().clone()
+    optimizer = make_optimizer(conv, 0.1, 0.9, 0.0, turn=0.02)
+    conv(torch.rand(4, 3, 8, 8)).square().sum().backward()
+    bias = conv.bias - 0.1 * 1.9 * conv.bias.grad
+    optimizer.step()
+    assert conv.weight.norm().item() == pytest.approx(start.norm().item(), rel=1e-5)
+    assert ((conv.weight - start).norm() / start.norm()).item() == pytest.approx(0.02, rel=0.05)
+    assert torch.allclose(conv.bias, bias, rtol=1e-4)
 
 
 class Memory(Progress):

@@ -135,18 +135,18 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, progress=None):
+        compiled=False, turn=0.0, progress=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
-    An interrupted stage goes on from ``progress.load(stage)``. Everything random depends on ``seed``, ``stage`` and
-    the epoch, so that it ends with the same weights. Raises ``UserError`` if the loss stops being finite; what
-    ``progress`` saved last is from before that.
+    The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). An interrupted stage goes on from
+    ``progress.load(stage)``; everything random depends on ``seed``, ``stage`` and the epoch, so that it ends with the
+    same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
     if device.type != "mps":
         model.to(memory_format=torch.channels_last)
-    optim = make_optimizer(model, lr, momentum, weight_decay)
+    optim = make_optimizer(model, lr, momentum, weight_decay, turn)
     first, history = 0, []
     state = progress.load(stage)
     if state:
