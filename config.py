@@ -136,13 +136,16 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
                                  unit="epochs")
     teacher_lr: float = option(0.1, "erasing", "learning rate of the teacher's fine-tuning", low=0.0)
+    teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
+                                      choices=("demo", "tenths", "linear", "cosine", "constant"))
+    freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
     beta1: float = option(500.0, "erasing", "weight of the attention loss of the first layer", low=0.0)
     beta2: float = option(1000.0, "erasing", "weight of the attention loss of the second layer", low=0.0)
     beta3: float = option(1000.0, "erasing", "weight of the attention loss of the third and any further layer",
                           low=0.0)
-    p: float = option(2.0, "erasing", "power of the attention map [paper]", low=0.25, high=16.0)
+    p: float = option(2.0, "erasing", "power of the attention map [paper]", low=1.0, high=16.0)
     attention: str = option("sum", "erasing", "attention map over channels of |F|^p [paper: sum]",
                             choices=("sum", "mean", "max"))
     at_loss: str = option("demo", "erasing", "distance of two maps: demo = mean of squares over batch and pixels; "
@@ -214,9 +217,10 @@ def read_config(path, cls, read_checkpoint):
             text = Path(file).read_text(encoding="utf-8")
             if file.endswith(".jsonl"):
                 lines = text.splitlines()
-                if not lines or not 1 <= (line or len(lines)) <= len(lines):
+                line = len(lines) if line is None else line
+                if not 1 <= line <= len(lines):
                     raise UserError(f"--config: {file} has {len(lines)} lines, line {line} was asked for")
-                text = lines[(line or len(lines)) - 1]
+                text = lines[line - 1]
             stored = json.loads(text)
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise UserError(f"--config: {file} is not JSON: {e}") from None
@@ -305,7 +309,7 @@ def file_name(s_name):
 
 def command(config):
     """The command line that repeats this run: the script and the flags that differ from the defaults."""
-    words = [Path(sys.argv[0]).name]
+    words = [sys.argv[0]]
     for f in fields(config):
         value = getattr(config, f.name)
         default = f.default_factory() if f.type is list else f.default

@@ -1,10 +1,11 @@
-"""Data sets as tensors, the poisoned set (``DatasetBD``), the defender's clean subset (``DatasetCL``), and batches.
+"""Reading the data sets, the poisoned set (``DatasetBD``) and the defender's clean subset (``DatasetCL``).
 
 A data set is a pair of tensors, images uint8 ``(N, C, H, W)`` and labels int64 ``(N,)``, decoded once, cached beside
 the data, and held on the device. Poisoning and the clean subset are index operations; augmentation works on whole
-batches. Every data set is an ordinary ``torch.utils.data.Dataset`` as well.
+batches (``utils/data.py``). Every data set is an ordinary ``torch.utils.data.Dataset`` as well.
 """
 
+import copy
 import hashlib
 import os
 import zipfile
@@ -13,87 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
+from PIL import Image
 from tqdm import tqdm
 
 import attacks
 import shapes10
 from config import UserError, data_root
-from utils.engine import to_float
+from utils.data import TensorData, as_tensor_data
 from utils.files import write_atomically
 from utils.seeds import generator
 
+IMAGES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "MNIST": (60_000, 10_000),
+          "GTSRB": (26_640, 12_630), "Imagenette": (9_469, 3_925)}  # training and test images of each set
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
-NO_FLIP = ("MNIST", "GTSRB")  # a mirrored digit or traffic sign is another one, or none
-
-
-class TensorData(Dataset):
-    """Images uint8 ``(N, C, H, W)``, labels int64 ``(N,)`` and class names.
-
-    ``data[i]`` is ``(image, label)``: with a ``transform``, it gets the PIL image; without, the image is float32
-    ``(C, H, W)`` in [0, 1].
-    """
-
-    def __init__(self, images, labels, classes, transform=None):
-        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
-        self.images, self.labels, self.transform = images, labels, transform
-        self.classes = [str(c) for c in classes]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        image, label = self.images[i], int(self.labels[i])
-        if self.transform is None:
-            return image.float() / 255, label
-        array = image.cpu().numpy()
-        return self.transform(Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))), label
-
-    @property
-    def n_classes(self):
-        return len(self.classes)
-
-    @property
-    def shape(self):
-        """(C, H, W)"""
-        return tuple(self.images.shape[1:])
-
-    def to(self, device):
-        return TensorData(self.images.to(device), self.labels.to(device), self.classes, self.transform)
-
-    def take(self, indices):
-        """The samples at ``indices``, int64 ``(M,)``, as a data set of their own."""
-        indices = indices.to(self.images.device)
-        return TensorData(self.images[indices], self.labels[indices], self.classes, self.transform)
-
-    def stamped(self, images, indices):
-        """Hook for poisoned sets: ``images`` of the samples ``indices`` with their triggers; here as they are."""
-        return images
-
-
-def as_tensor_data(data):
-    """``TensorData`` from itself, a pair (images, labels), or any sequence of (image, label), as the demo passes it.
-
-    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a float tensor (C, H, W) in [0, 1].
-    """
-    if isinstance(data, TensorData):
-        return data
-    if isinstance(data, tuple) and len(data) == 2 and torch.is_tensor(data[0]):
-        images, labels = data
-    else:
-        images, labels = [], []
-        for image, label in data:
-            if torch.is_tensor(image):
-                image = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
-            else:
-                array = np.asarray(image)
-                image = torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
-            images.append(image)
-            labels.append(int(label))
-        images, labels = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
-    classes = getattr(data, "classes", None) or range(int(labels.max()) + 1)
-    return TensorData(images, labels, classes)
 
 
 # ------------------------------------------------------------------------------------------- the two sets of the method
@@ -154,13 +88,15 @@ class DatasetBD(TensorData):
             opt = type("Options", (), {**vars(opt), "trig_distance": distance})
         if mode not in ("train", "test"):
             raise ValueError(f"mode: train or test is allowed, got {mode!r}")
-        if opt.target_label >= full.n_classes:
+        if opt.target_label >= full.n_classes and opt.target_type != "all2all":
             raise UserError(f"--target_label {opt.target_label}: the data set has the classes 0 to "
                             f"{full.n_classes - 1}")
         self.trigger = attacks.make_trigger(opt, full.shape)
         labels = full.labels.cpu()
         if mode == "test":
             keep = attacks.scored(labels, opt).nonzero().flatten()
+            if not len(keep):
+                raise UserError(f"--target_label {opt.target_label}: the test set has no image of another class")
             part = full.take(keep)
             self.true_labels = part.labels
             super().__init__(self.trigger(part.images), attacks.poisoned_labels(part.labels, opt, full.n_classes),
@@ -176,106 +112,29 @@ class DatasetBD(TensorData):
         self.true_labels = full.labels
         self.is_poisoned = torch.zeros(len(full), dtype=torch.bool)
         self.is_poisoned[self.poisoned] = True
-        self.is_poisoned = self.is_poisoned.to(full.images.device)
         super().__init__(full.images, new.to(full.images.device), full.classes, transform)
 
     def stamped(self, images, indices):
-        """A copy of ``images``, uint8 ``(B, C, H, W)`` of the samples ``indices``, with the poisoned ones stamped."""
+        """A copy of ``images``, uint8 ``(B, C, H, W)`` of the samples ``indices``, with the poisoned ones stamped.
+
+        ``indices``, int64 ``(B,)``, are on the CPU, so that finding the poisoned ones does not wait for the device.
+        """
         if self.is_poisoned is None:
             return images
-        rows = self.is_poisoned[indices].nonzero().flatten()
+        rows = self.is_poisoned[indices].nonzero().flatten().to(images.device, non_blocking=True)
         out = images.clone()
         out[rows] = self.trigger(images[rows])
         return out
 
+    def take(self, indices):
+        """The samples at ``indices``, int64 ``(M,)`` on the CPU, stamped for good."""
+        there = indices.to(self.images.device)
+        return TensorData(self.stamped(self.images[there], indices), self.labels[there], self.classes, self.transform)
+
     def __getitem__(self, i):
-        one = torch.tensor([i % len(self)], device=self.images.device)
-        image = self.stamped(self.images[one], one)
-        return TensorData(image, self.labels[one], self.classes, self.transform)[0]
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
-class Augment:
-    """Random crop (padding ``pad`` pixels of black), horizontal flip and cutout on whole batches, on the device."""
-
-    def __init__(self, pad=4, flip=True, cutout=0):
-        self.pad, self.flip, self.cutout = pad, flip, cutout
-
-    def draw(self, n, shape, gen):
-        """The random numbers for ``n`` images, drawn on the CPU so that they are the same on every device."""
-        _, h, w = shape
-        draw = {"dy": torch.randint(0, 2 * self.pad + 1, (n,), generator=gen),
-                "dx": torch.randint(0, 2 * self.pad + 1, (n,), generator=gen),
-                "flip": torch.randint(0, 2, (n,), generator=gen).bool() & self.flip,
-                "cy": torch.randint(0, h, (n,), generator=gen),
-                "cx": torch.randint(0, w, (n,), generator=gen)}
-        return draw
-
-    def move(self, images, dy, dx, flip):
-        """Crop and flip, uint8 ``(B, C, H, W)`` to the same shape in channels-last memory."""
-        b, _, h, w = images.shape
-        if self.pad:
-            images = F.pad(images, (self.pad,) * 4)
-        rows = dy[:, None] + torch.arange(h, device=images.device)  # (B, H)
-        cols = torch.arange(w, device=images.device).expand(b, w)
-        cols = dx[:, None] + torch.where(flip[:, None], w - 1 - cols, cols)  # (B, W)
-        first = torch.arange(b, device=images.device)[:, None, None]
-        return images.permute(0, 2, 3, 1)[first, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-    def cut(self, images, cy, cx):
-        """Cutout (DeVries and Taylor 2017): a black square of side ``cutout`` around (cy, cx), clipped at the edge."""
-        _, _, h, w = images.shape
-        before = self.cutout // 2
-        y = torch.arange(h, device=images.device) - cy[:, None] + before  # (B, H)
-        x = torch.arange(w, device=images.device) - cx[:, None] + before
-        hole = ((y >= 0) & (y < self.cutout))[:, :, None] & ((x >= 0) & (x < self.cutout))[:, None, :]
-        return images.masked_fill(hole[:, None], 0)
-
-
-class Batches:
-    """Shuffled training batches of a ``TensorData``: ``for images, labels in batches.epoch(3)``.
-
-    images float32 ``(B, C, H, W)`` in [0, 1], channels last; labels int64 ``(B,)``. Batches are all of the same size:
-    the remainder (another one each epoch) is left out; a set smaller than a batch is one batch. Everything drawn
-    depends on ``(seed, name, epoch)`` only, so that an epoch can be repeated or resumed at will.
-    """
-
-    def __init__(self, data, batch_size, augment=None, seed=0, name="train", stamp="after"):
-        self.data, self.augment, self.seed, self.name, self.stamp = data, augment, seed, name, stamp
-        self.batch_size = min(batch_size, len(data))
-
-    def __len__(self):
-        return len(self.data) // self.batch_size
-
-    def epoch(self, epoch):
-        gen = generator(self.seed, self.name, epoch)
-        data, device, n = self.data, self.data.images.device, len(self.data)
-        order = torch.randperm(n, generator=gen).to(device)
-        draw = {}
-        if self.augment:
-            draw = {k: v.to(device) for k, v in self.augment.draw(n, data.shape, gen).items()}
-        for k in range(len(self)):
-            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
-            indices = order[part]
-            images = data.images[indices]
-            if self.stamp == "before":
-                images = data.stamped(images, indices)
-            if self.augment:
-                images = self.augment.move(images, *(draw[name][part] for name in ("dy", "dx", "flip")))
-                if self.augment.cutout:
-                    images = self.augment.cut(images, draw["cy"][part], draw["cx"][part])
-            if self.stamp == "after":
-                images = data.stamped(images, indices)
-            yield to_float(images), data.labels[indices]
-
-
-def make_augment(config):
-    """The ``Augment`` that ``--augment``, ``--cutout`` and the data set ask for, or None."""
-    if not config.augment and not config.cutout:
-        return None
-    return Augment(4 if config.augment else 0, config.augment and config.dataset not in NO_FLIP, config.cutout)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self.take(torch.tensor([i % len(self)]))[0]
 
 
 # ----------------------------------------------------------------------------------------------------- reading the data
@@ -295,6 +154,7 @@ def load_data(config, train):
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 1",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
+        data.source = "generated"
         return resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
     if name == "folder" or (name == "CIFAR10" and (root / "train").is_dir()):
         data = load_folder(root, split, config.image_size or 32, name)
@@ -305,7 +165,8 @@ def load_data(config, train):
         counts = [int(share * int(n) + 0.5) for n in torch.bincount(data.labels, minlength=data.n_classes)]
         if not all(counts):
             raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
-        data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
+        source, data = data.source, data.take(stratified(data.labels, counts, generator(0, "part of", split)))
+        data.source = source
     return data
 
 
@@ -316,7 +177,9 @@ def tensor_data(images, labels, classes):
 def resized(data, size):
     """``data`` at ``size`` x ``size`` pixels (bilinear, antialiased)."""
     images = F.interpolate(data.images.float(), (size, size), mode="bilinear", antialias=True)
-    return TensorData(images.round().clamp(0, 255).to(torch.uint8), data.labels, data.classes)
+    other = copy.copy(data)
+    other.images = images.round().clamp(0, 255).to(torch.uint8)
+    return other
 
 
 def cached(path, fingerprint, make):
@@ -357,13 +220,17 @@ def load_folder(root, split, size, dataset):
         folder = root / split / name
         found = []
         if folder.is_dir():
-            found = sorted((e for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_FILES)),
+            found = sorted((e for e in os.scandir(folder)
+                            if e.name.lower().endswith(IMAGE_FILES) and not e.name.startswith(".")),
                            key=lambda e: e.name)
         if not found:
             raise UserError(f"--data_root {root}: {folder} has no images, but class {name!r} of the training set "
                             f"needs some ({', '.join(IMAGE_FILES)})")
         for e in found:
-            info = e.stat()
+            try:
+                info = e.stat()
+            except OSError as error:
+                raise UserError(f"--data_root {root}: the image {e.path} cannot be read: {error.strerror}") from None
             stamp.update(f"{name}/{e.name} {info.st_size} {info.st_mtime_ns}\n".encode())
         files += [e.path for e in found]
         labels += [label] * len(found)
@@ -378,7 +245,7 @@ def load_folder(root, split, size, dataset):
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+        except Exception as e:  # Pillow's decoders raise many kinds on damaged files
             raise UserError(f"--data_root {root}: the image {path} cannot be read: {e}") from None
 
     def decode():
@@ -390,7 +257,10 @@ def load_folder(root, split, size, dataset):
         return images, np.array(labels, np.int64)
 
     images, targets = cached(root / f"cache-{split}-{size}.npz", stamp.hexdigest(), decode)
-    return tensor_data(images, targets, classes)
+    data = tensor_data(images, targets, classes)
+    kinds = sorted({path.rpartition(".")[2].lower() for path in files})
+    data.source = f"image files ({', '.join(kinds)})"
+    return data
 
 
 def load_torchvision(name, root, train, size):
@@ -410,7 +280,7 @@ def load_torchvision(name, root, train, size):
     def make():
         try:
             data = sets[name](False)
-        except (RuntimeError, FileNotFoundError):
+        except Exception:  # missing or damaged, in the words of the data set at hand
             data = download(name, root, sets[name])
         if hasattr(data, "data"):  # the whole set as one array, (N, H, W) or (N, H, W, C)
             array = np.asarray(data.data)
@@ -429,13 +299,13 @@ def load_torchvision(name, root, train, size):
         return images, labels
 
     images, labels = cached(root / f"cache-{split}-{size}.npz", f"{name} torchvision", make)
-    return tensor_data(images, labels, class_names(name, root, int(labels.max()) + 1))
-
-
-def class_names(name, root, n):
-    if name == "CIFAR10":
-        return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return range(n)
+    if len(labels) != IMAGES[name][0 if train else 1]:
+        (root / f"cache-{split}-{size}.npz").unlink(missing_ok=True)
+        raise UserError(f"--dataset {name}: {root} holds {len(labels)} of {IMAGES[name][0 if train else 1]} {split} "
+                        f"images; delete the unfinished download there and start again")
+    data = tensor_data(images, labels, CIFAR10_CLASSES if name == "CIFAR10" else range(int(labels.max()) + 1))
+    data.source = "torchvision"
+    return data
 
 
 def download(name, root, make):

@@ -9,6 +9,7 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,17 +52,18 @@ def main(config):
     """Erase the network that ``config`` (``EraseConfig``) names."""
     device = choose_device(config.device)
     amp = use_bf16(config.amp, device)
-    erase = defenses.get(config.defense)
+    defense = defenses.get(config.defense)
     name = configuration.file_name(config.s_name)
     target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
     teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
-    if finished(config, target):
-        say(f"already finished: {target}")
-        return
     path = student_path(config)
     content = load_checkpoint(path)
     if config.t_model:
         load_checkpoint(config.t_model)
+    config = replace(config, s_model=str(path))
+    if finished(config, target):
+        say(f"already finished: {target}")
+        return
     if config.save:
         check_writable(target.parent, "checkpoint_root")
         check_writable(teacher_file.parent, "teacher_root")
@@ -79,6 +81,8 @@ def main(config):
     load_weights(model, content, path, config.s_name)
     warn_about(content.get("config"), config, path)
     model = model.to(device).eval()
+    if hasattr(defense, "check"):
+        defense.check(model, clean, config)
     say(f"{path}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{device}{', bf16' if amp else ''}, seed {config.seed}")
 
@@ -105,12 +109,12 @@ def main(config):
     rows = {"backdoored" if poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
     if config.defense != "finetune":
-        rows["fine-tuning"] = measure(defenses.get("finetune")(model, clean, config, journal))
-    erased = erase(model, clean, config, journal)
+        rows["fine-tuning"] = measure(defenses.get("finetune").erase(model, clean, config, journal))
+    erased = defense.erase(model, clean, config, journal)
     rows["fine-tuning" if config.defense == "finetune" else config.defense.upper()] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
     journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, rows,
-                   "main.jsonl")
+                   "main.jsonl", train.source)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from config import EraseConfig, UserError, command
+from config import EraseConfig, UserError, command, weight_root
 from utils.files import read_lines, write_atomically
 
 ROOT = Path(__file__).parent
@@ -25,7 +25,7 @@ def groups(records):
     """Lists of records that differ in their seed only, in the order of their first appearance."""
     found = {}
     for r in records:
-        key = repr(sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY))
+        key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"]])
         found.setdefault(key, {})[r["config"]["seed"]] = r
     return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
 
@@ -39,17 +39,29 @@ def cell(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+def shown(config):
+    """``--s_model`` as the command needs it: '' for the file that is taken by default."""
+    default = weight_root(EraseConfig(dataset=config["dataset"]), "", "s_net")
+    return "" if Path(config["s_model"]).parent == default else config["s_model"]
+
+
+def title(config):
+    """What distinguishes a table: the folder of the network, unless it is the default one."""
+    return f"{Path(config['s_model']).parent.name}: " if config["s_model"] else ""
+
+
 def table(runs):
     """The Markdown table of one group, with a line about how it was made."""
-    config = {k: v for k, v in runs[0]["config"].items() if k != "script"}
-    config["seed"] = EraseConfig().seed
+    config = {k: v for k, v in runs[0]["config"].items() if k in EraseConfig.__dataclass_fields__}
+    config.update({"seed": EraseConfig().seed, "s_model": shown(config)})
     seeds = ", ".join(str(r["config"]["seed"]) for r in runs)
-    words = command(EraseConfig(**config)).split(maxsplit=2)
+    words = command(EraseConfig(**config)).split()
     line = " ".join(["python main.py", *words[2:]])
     attack = "no trigger" if config["trigger_type"] == "none" else f"{config['trigger_type']}, {config['target_type']}"
     minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
-    data = "CIFAR-10, JPEG quality 75" if config["dataset"] == "CIFAR10" else config["dataset"]
-    out = [f"{config['s_name']}, {data}, {attack}, {100 * config['ratio']:g}% clean images; seeds {seeds}:", "",
+    data = {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
+    out = [f"**{title(config)}**{config['s_name']}, {data} ({runs[0]['data']}), {attack}, {100 * config['ratio']:g}% "
+           f"clean images; seeds {seeds}.", "",
            "| | ACC | ACC (non-target) | ASR | RA |", "|---|---|---|---|---|"]
     for name in runs[0]["metrics"]:
         cells = [cell([r["metrics"][name][k] for r in runs]) for k in COLUMNS]

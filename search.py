@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 import defenses
-from config import EraseConfig, TrainConfig, UserError, convert
-from data_loader import Batches, DatasetCL, TensorData, load_data, make_augment, stratified
+from config import EraseConfig, TrainConfig, UserError, as_dict, convert
+from data_loader import DatasetCL, load_data, stratified
 from models import select_model
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint
+from utils.data import Batches, TensorData, make_augment
 from utils.devices import choose_device, use_bf16
 from utils.engine import TerminalProgress, cross_entropy, fit, percent, predict
 from utils.files import append_line, read_lines
@@ -129,12 +130,12 @@ class Bench:
         if config.defense == "nad":
             from defenses.nad import make_teacher
 
-            key = (config.teacher_lr, config.teacher_epochs, config.lr_schedule, config.cutout, config.augment,
-                   config.weight_decay, config.batch_size, config.momentum)
+            key = repr(replace(config, lr=0.0, ft_lr=0.0, lr_schedule="", epochs=0, beta1=0.0, beta2=0.0, beta3=0.0,
+                               p=0.0, attention="", at_loss="", layers=[]))
             if key not in self.teachers:
                 self.teachers[key] = make_teacher(self.model, clean, config)
             extra["teacher"] = self.teachers[key]
-        return self.measure(defenses.get(config.defense)(self.model, clean, config, **extra))
+        return self.measure(defenses.get(config.defense).erase(self.model, clean, config, **extra))
 
 
 def score(record):
@@ -150,7 +151,7 @@ def show():
         m = r["metrics"]
         recipe = " ".join(f"{k}={v}" for k, v in r["recipe"].items())
         say(f"{score(r):6.2f} {m['acc']:6.2f} {sum(m['asr']) / 3:9.2f}  " + " ".join(f"{a:6.2f}" for a in m["asr"])
-            + f"   {r['defense']}: {recipe}")
+            + f"   {r['config']['defense']}: {recipe}")
 
 
 def main(argv=None):
@@ -172,20 +173,21 @@ def main(argv=None):
         lists.append([float(v) if name == "beta_scale" else convert(by_name[name], v, "") for v in values.split(",")])
     bench = Bench()
     say(f"surrogate network: {bench.before}")
-    done = [(r["defense"], r["recipe"]) for r in read_lines(RESULTS)]
+    surrogate = file_hash(SURROGATE)
+    done = [(r["config"], r["surrogate"]) for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
-        if (args.defense, recipe) in done:
-            continue
         changes = dict(recipe)
         scale = changes.pop("beta_scale", 1.0)
         if args.defense == "finetune" and "lr" in changes:
             changes["ft_lr"] = changes["lr"]
         config = replace(EraseConfig(seed=SEED, defense=args.defense), **changes)
         config = replace(config, beta1=scale * config.beta1, beta2=scale * config.beta2, beta3=scale * config.beta3)
+        if (as_dict(config), surrogate) in done:
+            continue
         start = time.perf_counter()
-        record = {"defense": args.defense, "recipe": recipe, "before": bench.before, "metrics": bench.run(config),
-                  "seconds": round(time.perf_counter() - start, 1)}
+        record = {"recipe": recipe, "config": as_dict(config), "surrogate": surrogate, "before": bench.before,
+                  "metrics": bench.run(config), "seconds": round(time.perf_counter() - start, 1)}
         append_line(RESULTS, record)
         say(f"{score(record):6.2f}  {record['metrics']}  {recipe}  {record['seconds']} s")
     return None

@@ -11,7 +11,6 @@ nothing.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,10 +22,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from config import DATASETS, EraseConfig, TrainConfig, UserError
-from data_loader import Batches, DatasetBD, DatasetCL, load_data, make_augment
+from data_loader import DatasetBD, DatasetCL, load_data
 from defenses.nad import NADLoss
 from models import select_model
 from utils.checkpoint import versions
+from utils.data import Batches, make_augment
 from utils.devices import choose_device, use_bf16
 from utils.engine import autocast, cross_entropy
 from utils.optim import make_optimizer
@@ -38,8 +38,7 @@ class PlainImages(Dataset):
     def __init__(self, data):
         from torchvision import transforms
 
-        everything = torch.arange(len(data))
-        images = data.stamped(data.images.cpu(), everything.to(data.images.device)).permute(0, 2, 3, 1).numpy()
+        images = data.stamped(data.images, torch.arange(len(data))).cpu().permute(0, 2, 3, 1).numpy()
         self.images = [Image.fromarray(image) for image in images]
         self.labels = data.labels.tolist()
         self.transform = transforms.Compose([transforms.RandomCrop(data.shape[1], padding=4),
@@ -121,17 +120,30 @@ def compare(name, usual, own, batch_size, steps, rounds):
     print(f"{name:<24}{usual_rate:12,.0f}{own_rate:12,.0f}{ratio:9.2f}x", flush=True)
 
 
-def first_step_seconds(dataset):
-    """Seconds from ``python train_badnet.py`` to its first step, with a warm cache, in a process of its own."""
-    code = ("import sys, torch, train_badnet, utils.engine as e\n"
-            "from config import TrainConfig\n"
-            "def stop(*_a, **_k): sys.exit(0)\n"
-            "torch.optim.SGD.step = stop\n"
-            f"train_badnet.main(TrainConfig(dataset={dataset!r}, save=False))")
+def own_process(code):
+    """Seconds that ``code`` takes in a Python process of its own, and that process's peak memory in GiB."""
+    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   cwd=Path(__file__).parent)
-    return time.perf_counter() - start
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024**2
+
+
+FIRST_STEP = """
+import train_badnet
+from config import TrainConfig
+from utils.optim import Muon
+class Done(Exception): pass
+def stop(*_args): raise Done
+Muon.step = stop
+try: train_badnet.main(TrainConfig(dataset={dataset!r}, device={device!r}, save=False))
+except Done: pass
+"""
+TWO_EPOCHS = """
+import main
+from config import EraseConfig
+main.main(EraseConfig(dataset={dataset!r}, device={device!r}, save=False, epochs=1, teacher_epochs=1))
+"""
 
 
 def main(argv=None):
@@ -159,8 +171,9 @@ def main(argv=None):
         synchronize(device)
         times.append(time.perf_counter() - start)
     print(f"poisoning {len(train)} images: {statistics.median(times):.3f} s")
-    print(f"start to first training step: {first_step_seconds(args.dataset):.1f} s")
-    print(f"peak memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB\n")
+    names = {"dataset": args.dataset, "device": str(device)}
+    print(f"train_badnet.py, start to first step: {own_process(FIRST_STEP.format(**names))[0]:.1f} s")
+    print(f"main.py, peak memory: {own_process(TWO_EPOCHS.format(**names))[1]:.2f} GiB\n")
 
     print(f"{'images per second':<24}{'usual':>12}{'own':>12}{'ratio':>10}")
     b = config.batch_size

@@ -14,8 +14,9 @@ import torch
 
 import config as configuration
 from config import TrainConfig, weight_root
-from data_loader import Batches, DatasetBD, load_data, make_augment
+from data_loader import DatasetBD, load_data
 from models import select_model
+from utils.data import Batches, make_augment
 from utils.devices import choose_device, use_bf16
 from utils.engine import cross_entropy, evaluate, fit
 from utils.run import Journal, check_writable, finished, run_script, say, table
@@ -65,7 +66,7 @@ def main(config):
     metrics = evaluate(model, test, poisoned_test, aim)
     say("\n" + table({"backdoored" if n_poisoned else "clean": metrics}) + "\n")
     journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, metrics,
-                   "train_badnet.jsonl")
+                   "train_badnet.jsonl", train.source)
 
 
 if __name__ == "__main__":

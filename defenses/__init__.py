@@ -13,7 +13,10 @@ NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name):
-    """The ``erase`` function of the defense ``name``. Raises ``UserError`` if there is none."""
+    """The module of the defense ``name``, with ``erase``, and ``check(model, clean_data, config)`` if it has one.
+
+    Raises ``UserError`` if there is none.
+    """
     if name not in NAMES:
         raise UserError(f"--defense: one of {', '.join(NAMES)} is allowed, got {name!r}")
-    return importlib.import_module(f"defenses.{name}").erase
+    return importlib.import_module(f"defenses.{name}")

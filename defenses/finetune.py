@@ -1,15 +1,15 @@
 """Fine-tuning on the clean subset with cross-entropy: NAD with beta = 0, the baseline of everything else."""
 
-from data_loader import Batches, make_augment
+from utils.data import Batches, make_augment
 from utils.devices import use_bf16
 from utils.engine import clone, cross_entropy, fit
 
 
 def recipe(model, config):
-    """The arguments of ``utils.engine.fit`` that every defense shares."""
+    """The arguments of ``utils.engine.fit`` that every stage shares."""
     device = next(model.parameters()).device
-    return {"lr_schedule": config.lr_schedule, "momentum": config.momentum, "weight_decay": config.weight_decay,
-            "seed": config.seed, "amp": use_bf16(config.amp, device)}
+    return {"momentum": config.momentum, "weight_decay": config.weight_decay,
+            "seed": config.seed, "amp": use_bf16(config.amp, device), "freeze_bn": config.freeze_bn}
 
 
 def clean_batches(clean_data, config, stage):
@@ -17,12 +17,12 @@ def clean_batches(clean_data, config, stage):
     return Batches(clean_data, config.batch_size, make_augment(config), config.seed, stage)
 
 
-def tune(model, clean_data, config, epochs, lr, stage, progress=None):
+def tune(model, clean_data, config, epochs, lr, lr_schedule, stage, progress=None):
     """A copy of ``model`` fine-tuned for ``epochs`` at ``lr``."""
     return fit(clone(model), cross_entropy, clean_batches(clean_data, config, stage), epochs=epochs, lr=lr,
-               stage=stage, progress=progress, **recipe(model, config))
+               lr_schedule=lr_schedule, stage=stage, progress=progress, **recipe(model, config))
 
 
 def erase(model, clean_data, config, progress=None):
     """Fine-tune a copy of ``model`` on ``clean_data`` for ``config.epochs`` at ``config.ft_lr``."""
-    return tune(model, clean_data, config, config.epochs, config.ft_lr, "finetune", progress)
+    return tune(model, clean_data, config, config.epochs, config.ft_lr, config.lr_schedule, "finetune", progress)

@@ -14,6 +14,7 @@ from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe, tune
 from models import Features, feature_layers, select_model
+from utils.data import to_float
 from utils.engine import clone, fit
 
 
@@ -65,11 +66,29 @@ def betas_for(layers, config):
 def make_teacher(model, clean_data, config, progress=None):
     """The teacher: the network in ``config.t_model``, or a copy of ``model`` fine-tuned on ``clean_data``."""
     if not config.t_model:
-        return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, "teacher", progress)
+        return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, config.teacher_lr_schedule,
+                    "teacher", progress)
     channels, size = clean_data.shape[0], clean_data.shape[1]
     teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model, clean_data.n_classes,
                            in_channels=channels, image_size=size, normalize=config.normalize)
     return teacher.to(next(model.parameters()).device)
+
+
+def make_loss(model, teacher, config):
+    """The loss of ``config`` for a student like ``model``."""
+    layers = feature_layers(model, config.layers)
+    own = layers if config.layers else feature_layers(teacher)
+    if len(own) != len(layers):
+        raise UserError(f"--t_name {config.t_name}: it has {len(own)} stages, the student {len(layers)}; name layers "
+                        f"that both have with --layers")
+    return NADLoss(teacher, layers, betas_for(layers, config), config.p, config.attention, config.at_loss, own)
+
+
+def check(model, clean_data, config):
+    """Raise ``UserError`` for layers or a teacher that will not do, before anything is trained."""
+    teacher = make_teacher(model, clean_data, config) if config.t_model else model
+    student = clone(model).eval()
+    make_loss(student, teacher, config)(student, to_float(clean_data.images[:2]), clean_data.labels[:2])
 
 
 def erase(model, clean_data, config, progress=None, teacher=None):
@@ -77,12 +96,9 @@ def erase(model, clean_data, config, progress=None, teacher=None):
 
     ``teacher`` defaults to ``make_teacher(...)``: the network in ``config.t_model``, or ``model`` fine-tuned.
     """
-    layers = feature_layers(model, config.layers)
-    teacher = teacher or make_teacher(model, clean_data, config, progress)
-    own = layers if config.layers else feature_layers(teacher)
-    if len(own) != len(layers):
-        raise UserError(f"--t_name {config.t_name}: it has {len(own)} stages, the student {len(layers)}; name layers "
-                        f"that both have with --layers")
-    loss = NADLoss(teacher, layers, betas_for(layers, config), config.p, config.attention, config.at_loss, own)
+    if teacher is None:
+        check(model, clean_data, config)
+        teacher = make_teacher(model, clean_data, config, progress)
+    loss = make_loss(model, teacher, config)
     return fit(clone(model), loss, clean_batches(clean_data, config, "nad"), epochs=config.epochs, lr=config.lr,
-               stage="nad", progress=progress, **recipe(model, config))
+               lr_schedule=config.lr_schedule, stage="nad", progress=progress, **recipe(model, config))

@@ -84,6 +84,8 @@ def select_model(dataset, model_name, pretrained=False, pretrained_models_path=N
     channels = in_channels or (1 if dataset == "MNIST" else 3)
     model = build(model_name, n_classes, channels, image_size)
     if normalize == "imagenet":
+        if channels != 3:
+            raise UserError(f"--normalize imagenet: is for images of 3 channels, these have {channels}")
         model.register_forward_pre_hook(Normalize(IMAGENET_MEAN, IMAGENET_STD))
     if pretrained:
         from utils.checkpoint import load_checkpoint, load_weights  # they look for an architecture that fits

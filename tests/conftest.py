@@ -6,14 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

@@ -80,6 +80,20 @@ def test_a_mismatch_names_what_differs_and_what_fits(made, wanted, fits):
         load_weights(build(*wanted), {"state_dict": state}, "x.tar", wanted[0])
 
 
+@pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"a": torch.zeros(1, device="meta")},
+                                   {"a": torch.zeros(2, 2).to_sparse()}, {"a": 1}, {}])
+def test_states_that_are_none(state):
+    with pytest.raises(UserError, match="no state_dict of tensors"):
+        load_weights(build("WRN-10-1", 10), {"state_dict": state}, "x.tar")
+
+
+def test_a_name_that_asks_for_a_huge_network_is_not_followed():
+    state = build("WRN-10-1", 10).state_dict()
+    state["block1.layer.99999999.x"] = torch.zeros(1)
+    with pytest.raises(UserError, match="does not fit"):
+        load_weights(build("WRN-10-1", 10), {"state_dict": state}, "x.tar")
+
+
 def test_weights_that_are_not_finite():
     state = build("WRN-10-1", 10).state_dict()
     state["fc.bias"][3] = float("nan")

@@ -8,9 +8,10 @@ from torch import nn
 
 import defenses
 from config import EraseConfig, TrainConfig, UserError
-from data_loader import Batches, DatasetBD, TensorData
+from data_loader import DatasetBD
 from defenses.nad import NADLoss
 from models import build
+from utils.data import Batches, TensorData
 from utils.devices import choose_device
 from utils.engine import Progress, clone, cross_entropy, evaluate, fit
 from utils.optim import make_optimizer, orthogonalized, rate
@@ -60,7 +61,7 @@ def test_metrics_by_hand():
 def test_one_sgd_step_by_hand():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
     data = toy(8)
-    start = {k: v.clone() for k, v in model.state_dict().items()}
+    start = {k: v.clone() for k, v in model.state_dict().items()}  # channels-last inputs flatten as (C, H, W) too
     x, y = data.images.float() / 255, data.labels
     nn.functional.cross_entropy(model(x), y).backward()
     gradient = model[1].weight.grad + 1e-4 * start["1.weight"]
@@ -86,7 +87,7 @@ def test_a_step_of_muon_turns_a_convolution_and_keeps_its_norm():
     conv = nn.Conv2d(3, 8, 3)
     start = conv.weight.detach().clone()
     optimizer = make_optimizer(conv, 0.1, 0.9, 0.0, turn=0.02)
-    conv(torch.rand(4, 3, 8, 8)).square().sum().backward()
+    conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
     bias = conv.bias - 0.1 * 1.9 * conv.bias.grad
     optimizer.step()
     assert conv.weight.norm().item() == pytest.approx(start.norm().item(), rel=1e-5)
@@ -139,7 +140,7 @@ def test_a_defense_returns_a_new_model_and_leaves_the_old_one_alone(name):
     model = build("WRN-10-1", 10).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     config = EraseConfig(epochs=1, teacher_epochs=1, batch_size=16, s_name="WRN-10-1", amp="off")
-    erased = defenses.get(name)(model, toy(), config)
+    erased = defenses.get(name).erase(model, toy(), config)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert any(not torch.equal(before[k], v) for k, v in erased.state_dict().items())
@@ -150,7 +151,7 @@ def test_nad_works_on_a_torchvision_model_and_named_layers():
     model = build("torchvision:resnet18", 10, image_size=32)
     config = EraseConfig(epochs=1, teacher_epochs=1, batch_size=16, s_name="torchvision:resnet18", amp="off",
                          layers=["layer1", "layer2"])
-    assert defenses.get("nad")(model, toy(32), config) is not model
+    assert defenses.get("nad").erase(model, toy(32), config) is not model
 
 
 def test_nad_leaves_its_teacher_alone_and_runs_each_network_once_a_step():
@@ -181,6 +182,16 @@ def test_nad_with_beta_zero_is_fine_tuning_bit_for_bit():
     results = [fit(clone(model), loss, Batches(data, 16, seed=1), epochs=2, lr=0.1, **RECIPE).state_dict()
                for loss in (cross_entropy, NADLoss(build("WRN-10-1", 10), model.feature_layers, [0.0, 0.0, 0.0]))]
     assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_frozen_batchnorm_keeps_its_statistics():
+    torch.manual_seed(0)
+    model = build("WRN-10-1", 10)
+    before = model.bn1.running_mean.clone()
+    fit(model, cross_entropy, Batches(toy(), 16), epochs=1, lr=0.1, freeze_bn=True, **RECIPE)
+    assert torch.equal(model.bn1.running_mean, before)
+    fit(model, cross_entropy, Batches(toy(), 16), epochs=1, lr=0.1, **RECIPE)
+    assert not torch.equal(model.bn1.running_mean, before)
 
 
 def test_devices_that_are_not_there():

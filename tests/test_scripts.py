@@ -162,7 +162,7 @@ def test_main_interrupted_and_resumed_is_bit_identical(copied):
     if process.returncode == 0:
         pytest.skip("it was done before the signal came")
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1].startswith("main.py: interrupted; to go on: python main.py ")
+    assert error.strip().splitlines()[-1].startswith("main.py: interrupted; to go on: python ")
     assert error.strip().endswith("--resume")
     assert "Traceback" not in error
     assert erase("--resume") == 0
@@ -189,7 +189,7 @@ def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
-    assert not list(workplace.rglob("*model_best*"))
+    assert not list(workplace.rglob("*model_best.pth.tar"))
     assert not list(workplace.rglob("*.jsonl"))
 
 
@@ -200,6 +200,7 @@ def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
     (["--ratio", "0.001"], "--ratio 0.001 of 600 training images leaves no sample"),
     (["--defense", "prayer"], "--defense: one of finetune, nad is allowed, got 'prayer'"),
     (["--layers", "block9"], "--layers block9: WideResNet has no such layer"),
+    (["--t_model", str(STUDENT), "--t_name", "WRN-16-1"], "it fits --s_name WRN-10-1"),
     (["--t_model", "none.tar"], "no such checkpoint: none.tar"),
     (["--s_model", "cut.tar"], "cut.tar"),
 ])
@@ -209,8 +210,63 @@ def test_main_refuses_in_one_line_and_writes_nothing(copied, capsys, argv, messa
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
-    assert not list(Path("weight").rglob("erasing_net/shapes10/*.tar"))
+    assert not list(Path("weight/erasing_net").rglob("*.tar"))
+    assert not list(Path("weight/t_net").rglob("*.tar"))
     assert not Path("results/main.jsonl").exists()
+
+
+def test_main_killed_in_any_stage_goes_on_and_another_network_is_another_run(copied, capsys):
+    for stage in ("finetune  epoch  2/2", "teacher   epoch  1/1"):
+        process = start(copied, "main.py", *ERASE, "--resume")
+        until(process, stage)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert erase("--resume") == 0
+    assert "finetune: going on after epoch" in capsys.readouterr().out
+    resumed = Path("weight/erasing_net/shapes10/WRN-10-1.tar").rename("resumed.tar")
+    assert erase() == 0
+    assert same_weights(resumed, "weight/erasing_net/shapes10/WRN-10-1.tar")
+    assert len(lines("results/main.jsonl")) == 2
+    content = torch.load(STUDENT, weights_only=True)
+    content["state_dict"]["fc.bias"] += 1
+    torch.save(content, STUDENT)
+    assert erase("--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_kill_between_result_line_and_checkpoint_loses_and_doubles_nothing(workplace, monkeypatch):
+    real = train_badnet.Journal.finish
+
+    def killed(self, *args):
+        monkeypatch.setattr("utils.run.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        real(self, *args)
+
+    monkeypatch.setattr(train_badnet.Journal, "finish", killed)
+    assert train() == 130
+    assert not STUDENT.exists()
+    assert len(lines("results/train_badnet.jsonl")) == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert train("--resume") == 0
+    assert STUDENT.exists()
+    assert len(lines("results/train_badnet.jsonl")) == 1
+
+
+def test_teacher_student_and_fine_tuning_see_the_same_images(copied, monkeypatch):
+    import defenses.finetune
+
+    seen = {}
+    real = defenses.finetune.Batches
+
+    def spy(data, *args):
+        seen[args[-1]] = data.images.clone()
+        return real(data, *args)
+
+    monkeypatch.setattr(defenses.finetune, "Batches", spy)
+    assert erase("--save", "0") == 0
+    assert set(seen) == {"finetune", "teacher", "nad"}
+    assert torch.equal(seen["finetune"], seen["teacher"])
+    assert torch.equal(seen["finetune"], seen["nad"])
 
 
 def test_a_full_disk_in_the_middle_keeps_what_is_there(copied, capsys, monkeypatch):
@@ -224,8 +280,8 @@ def test_a_full_disk_in_the_middle_keeps_what_is_there(copied, capsys, monkeypat
         real(content, file, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    assert train() == 2
+    assert train("--seed", "2") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert STUDENT.read_bytes() == before
-    assert train("--resume") == 0
+    assert train("--seed", "2", "--resume") == 0
     assert "going on after epoch 1" in capsys.readouterr().out

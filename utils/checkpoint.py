@@ -5,6 +5,8 @@ Reading never runs code from the file (``weights_only=True``); the few numpy sca
 beside tensors are allowed.
 """
 
+import hashlib
+import io
 import pickle
 import re
 import warnings
@@ -27,10 +29,11 @@ def save_checkpoint(path, content):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda f: torch.save(content, f))
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}") from None
+        buffer = io.BytesIO()  # written from memory, a full disk is reported as such and not as torch's inner fault
+        torch.save(content, buffer)
+        write_atomically(path, lambda f: f.write(buffer.getbuffer()))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
 def load_checkpoint(path):
@@ -62,10 +65,18 @@ def load_checkpoint(path):
     return content
 
 
+def file_hash(path):
+    """The SHA-256 of the file ``path`` in hexadecimal, '' for no path."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
 def weights_of(content, path):
     """The state dict in ``content``: its ``state_dict``, or ``content`` itself; a ``module.`` prefix is taken off."""
     state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    usable = isinstance(state, dict) and state and all(
+        isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and v.device.type == "cpu"
+        for k, v in state.items())
+    if not usable:
         raise UserError(f"not a checkpoint of a network: {path} has no state_dict of tensors")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
@@ -105,7 +116,7 @@ def what_fits(state):
     names = list(NAMES)
     blocks = [int(m[1]) for k in state if (m := re.match(r"block1\.layer\.(\d+)\.", k))]
     width = state.get("block1.layer.0.conv1.weight")
-    if blocks and width is not None and width.ndim == 4 and width.shape[0] % 16 == 0:
+    if blocks and max(blocks) < len(state) and width is not None and width.ndim == 4 and width.shape[0] % 16 == 0:
         names.append(f"WRN-{6 * (max(blocks) + 1) + 4}-{width.shape[0] // 16}")
     last = state.get("fc.weight")
     first = state.get("conv1.weight")
@@ -129,5 +140,6 @@ def versions():
 
     import torchvision
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+             "numpy": np.__version__}
+    return {name: str(version) for name, version in found.items()}  # torch's is a class that weights_only refuses

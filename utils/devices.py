@@ -1,5 +1,7 @@
 """The device, its precision, and the number of threads."""
 
+import contextlib
+import platform
 from pathlib import Path
 
 import torch
@@ -24,6 +26,17 @@ def choose_device(name="auto"):
     return device
 
 
+def hardware(device):
+    """The name of what ``device`` computes on, for result lines."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return f"{device.type}, {name}, {torch.get_num_threads()} threads"
+
+
 def machine():
     """What can be computed on here, in a few words."""
     words = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())] \
@@ -39,7 +52,7 @@ def use_bf16(amp, device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and has_bf16_instructions()
+        return has_bf16_instructions() and torch.backends.mkldnn.is_available()
     return False
 
 

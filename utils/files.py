@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 try:
@@ -18,6 +19,10 @@ def write_atomically(path, write):
     A crash leaves the old file or the new one. Raises ``OSError`` and removes the temporary file if writing fails.
     """
     path = Path(path)
+    for old in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while writing
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as f:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import config as configuration
 from config import UserError, as_dict, parse
-from utils.checkpoint import load_checkpoint, save_checkpoint, versions
-from utils.devices import choose_device, machine
+from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, versions
+from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, read_lines
 
@@ -54,8 +54,11 @@ def run_script(main, cls, argv=None):
         if e.errno not in DISK:
             raise
         return complain(f"{e.filename or 'writing'}: {e.strerror}")
-    except (torch.OutOfMemoryError, MemoryError):
-        return complain("out of memory; try a smaller --batch_size or --image_size")
+    except (RuntimeError, MemoryError) as e:
+        words = str(e).lower()
+        if not isinstance(e, MemoryError) and "out of memory" not in words and "allocate memory" not in words:
+            raise
+        return complain("out of memory; try a smaller --batch_size, --image_size, --train_size or network")
 
 
 def say(text=""):
@@ -67,6 +70,11 @@ def say(text=""):
 def identity(config):
     """The configuration as far as it decides what a run computes, a dict."""
     return {k: v for k, v in as_dict(config).items() if k != "resume"}
+
+
+def start_of(config):
+    """The hashes of the checkpoints that a run starts from, a dict: another file under the same name is another run."""
+    return {name: file_hash(getattr(config, name, "")) for name in ("s_model", "t_model")}
 
 
 def check_writable(folder, flag):
@@ -89,7 +97,8 @@ class Journal(TerminalProgress):
 
     def __init__(self, config, target, on_epoch=None):
         self.config, self.target, self.on_epoch = config, Path(target), on_epoch
-        key = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:10]
+        self.inputs = start_of(config)
+        key = hashlib.sha256(json.dumps([identity(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
         self.history, self.run_id, self.seconds, self.start = [], secrets.token_hex(8), 0.0, time.perf_counter()
         self.resumed = False
@@ -102,6 +111,8 @@ class Journal(TerminalProgress):
         else:
             if config.resume:
                 say("nothing to resume for this configuration: starting from the beginning")
+            elif note.exists():
+                say("note: starting over; the same run was interrupted before and --resume would have gone on with it")
             shutil.rmtree(self.folder, ignore_errors=True)
             save_checkpoint(note, {"run_id": self.run_id, "config": identity(config)})
 
@@ -125,29 +136,25 @@ class Journal(TerminalProgress):
             self.on_epoch(stage, model, record)
         self.history.append(record)
 
-    def finish(self, content, metrics, file):
-        """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state."""
+    def finish(self, content, metrics, file, data):
+        """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state.
+
+        ``data`` says what the images were read from.
+        """
         config = self.config
         if not config.save:
             return
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
-                  "metrics": metrics, "history": self.history,
+                  "inputs": self.inputs, "data": data, "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
-                  "machine": hardware(config), "versions": versions()}
+                  "machine": hardware(choose_device(config.device)), "versions": versions()}
         path = Path(config.log_root) / file
         if all(r.get("run_id") != self.run_id for r in read_lines(path)):  # it is there if the run was killed just here
             append_line(path, result)
-        save_checkpoint(self.target, {**content, "config": identity(config), "versions": versions()})
+        save_checkpoint(self.target, {**content, "config": identity(config), "inputs": self.inputs,
+                                      "versions": versions()})
         say(f"saved: {self.target}, and a line in {path}")
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def hardware(config):
-    """The device of a run in words."""
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return machine() if device.type == "cpu" else device.type
 
 
 def finished(config, target):
@@ -155,7 +162,8 @@ def finished(config, target):
     if not (config.resume and config.save and Path(target).exists()):
         return False
     try:
-        return load_checkpoint(target).get("config") == identity(config)
+        stored = load_checkpoint(target)
+        return stored.get("config") == identity(config) and stored.get("inputs") == start_of(config)
     except UserError:
         return False
 

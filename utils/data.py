@@ -1,0 +1,173 @@
+"""Data sets as tensors, and shuffled, augmented batches of them, on the device."""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+
+from utils.seeds import generator
+
+NO_FLIP = ("MNIST", "GTSRB")  # a mirrored digit or traffic sign is another one, or none
+
+
+class TensorData(Dataset):
+    """Images uint8 ``(N, C, H, W)``, labels int64 ``(N,)`` and class names.
+
+    ``data[i]`` is ``(image, label)``: with a ``transform``, it gets the PIL image; without, the image is float32
+    ``(C, H, W)`` in [0, 1].
+    """
+
+    source = ""  # what the images were read from, for result lines
+
+    def __init__(self, images, labels, classes, transform=None):
+        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
+        self.images, self.labels, self.transform = images, labels, transform
+        self.classes = [str(c) for c in classes]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        image, label = self.images[i], int(self.labels[i])
+        if self.transform is None:
+            return image.float() / 255, label
+        array = image.cpu().numpy()
+        return self.transform(Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))), label
+
+    @property
+    def n_classes(self):
+        return len(self.classes)
+
+    @property
+    def shape(self):
+        """(C, H, W)"""
+        return tuple(self.images.shape[1:])
+
+    def to(self, device):
+        """The same set with its tensors on ``device``."""
+        other = copy.copy(self)
+        other.images, other.labels = self.images.to(device), self.labels.to(device)
+        return other
+
+    def take(self, indices):
+        """The samples at ``indices``, int64 ``(M,)``, as a data set of their own."""
+        there = indices.to(self.images.device)
+        return TensorData(self.images[there], self.labels[there], self.classes, self.transform)
+
+    def stamped(self, images, indices):
+        """Hook for poisoned sets: ``images`` of the samples ``indices`` (on the CPU) stamped; here as they are."""
+        return images
+
+
+def as_tensor_data(data):
+    """``TensorData`` from itself, a pair (images, labels), or any sequence of (image, label), as the demo passes it.
+
+    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a float tensor (C, H, W) in [0, 1].
+    """
+    if isinstance(data, TensorData):
+        return data
+    if isinstance(data, tuple) and len(data) == 2 and torch.is_tensor(data[0]):
+        images, labels = data
+    else:
+        images, labels = [], []
+        for image, label in data:
+            if torch.is_tensor(image):
+                image = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+            else:
+                array = np.asarray(image)
+                image = torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+            images.append(image)
+            labels.append(int(label))
+        images, labels = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+    classes = getattr(data, "classes", None) or range(int(labels.max()) + 1)
+    return TensorData(images, labels, classes)
+
+
+class Augment:
+    """Random crop (padding ``pad`` pixels of black), horizontal flip and cutout on whole batches, on the device."""
+
+    def __init__(self, pad=4, flip=True, cutout=0):
+        self.pad, self.flip, self.cutout = pad, flip, cutout
+
+    def draw(self, n, shape, gen):
+        """The random numbers for ``n`` images, drawn on the CPU so that they are the same on every device."""
+        _, h, w = shape
+        draw = {"dy": torch.randint(0, 2 * self.pad + 1, (n,), generator=gen),
+                "dx": torch.randint(0, 2 * self.pad + 1, (n,), generator=gen),
+                "flip": torch.randint(0, 2, (n,), generator=gen).bool() & self.flip,
+                "cy": torch.randint(0, h, (n,), generator=gen),
+                "cx": torch.randint(0, w, (n,), generator=gen)}
+        return draw
+
+    def move(self, images, dy, dx, flip):
+        """Crop and flip, uint8 ``(B, C, H, W)`` to the same shape in channels-last memory."""
+        b, _, h, w = images.shape
+        if self.pad:
+            images = F.pad(images, (self.pad,) * 4)
+        rows = dy[:, None] + torch.arange(h, device=images.device)  # (B, H)
+        cols = torch.arange(w, device=images.device).expand(b, w)
+        cols = dx[:, None] + torch.where(flip[:, None], w - 1 - cols, cols)  # (B, W)
+        first = torch.arange(b, device=images.device)[:, None, None]
+        return images.permute(0, 2, 3, 1)[first, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+    def cut(self, images, cy, cx):
+        """Cutout (DeVries and Taylor 2017): a black square of side ``cutout`` around (cy, cx), clipped at the edge."""
+        _, _, h, w = images.shape
+        before = self.cutout // 2
+        y = torch.arange(h, device=images.device) - cy[:, None] + before  # (B, H)
+        x = torch.arange(w, device=images.device) - cx[:, None] + before
+        hole = ((y >= 0) & (y < self.cutout))[:, :, None] & ((x >= 0) & (x < self.cutout))[:, None, :]
+        return images.masked_fill(hole[:, None], 0)
+
+
+class Batches:
+    """Shuffled training batches of a ``TensorData``: ``for images, labels in batches.epoch(3)``.
+
+    images float32 ``(B, C, H, W)`` in [0, 1], channels last; labels int64 ``(B,)``. Batches are all of the same size:
+    the remainder (another one each epoch) is left out; a set smaller than a batch is one batch. Everything drawn
+    depends on ``(seed, name, epoch)`` only, so that an epoch can be repeated or resumed at will.
+    """
+
+    def __init__(self, data, batch_size, augment=None, seed=0, name="train", stamp="after"):
+        self.data, self.augment, self.seed, self.name, self.stamp = data, augment, seed, name, stamp
+        self.batch_size = min(batch_size, len(data))
+
+    def __len__(self):
+        return len(self.data) // self.batch_size
+
+    def epoch(self, epoch):
+        gen = generator(self.seed, self.name, epoch)
+        data, device, n = self.data, self.data.images.device, len(self.data)
+        order = torch.randperm(n, generator=gen)
+        order_there = order.to(device)
+        draw = {}
+        if self.augment:
+            draw = {k: v.to(device) for k, v in self.augment.draw(n, data.shape, gen).items()}
+        for k in range(len(self)):
+            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
+            indices, indices_there = order[part], order_there[part]
+            images = data.images[indices_there]
+            if self.stamp == "before":
+                images = data.stamped(images, indices)
+            if self.augment:
+                images = self.augment.move(images, *(draw[name][part] for name in ("dy", "dx", "flip")))
+                if self.augment.cutout:
+                    images = self.augment.cut(images, draw["cy"][part], draw["cx"][part])
+            if self.stamp == "after":
+                images = data.stamped(images, indices)
+            yield to_float(images), data.labels[indices_there]
+
+
+def make_augment(config):
+    """The ``Augment`` that ``--augment``, ``--cutout`` and the data set ask for, or None."""
+    if not config.augment and not config.cutout:
+        return None
+    return Augment(4 if config.augment else 0, config.augment and config.dataset not in NO_FLIP, config.cutout)
+
+
+def to_float(images):
+    """uint8 ``(B, C, H, W)`` as float32 in [0, 1], channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
