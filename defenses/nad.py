@@ -100,5 +100,6 @@ def erase(model, clean_data, config, progress=None, teacher=None):
         check(model, clean_data, config)
         teacher = make_teacher(model, clean_data, config, progress)
     loss = make_loss(model, teacher, config)
-    return fit(clone(model), loss, clean_batches(clean_data, config, "nad"), epochs=config.epochs, lr=config.lr,
+    # the batches of fine-tuning, so that what differs between the two is the distillation alone
+    return fit(clone(model), loss, clean_batches(clean_data, config, "finetune"), epochs=config.epochs, lr=config.lr,
                lr_schedule=config.lr_schedule, stage="nad", progress=progress, **recipe(model, config))
