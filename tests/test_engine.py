@@ -13,7 +13,7 @@ from defenses.nad import NADLoss
 from models import build
 from utils.data import Batches, TensorData
 from utils.devices import choose_device
-from utils.engine import Progress, clone, cross_entropy, evaluate, fit
+from utils.engine import Progress, cross_entropy, evaluate, fit
 from utils.optim import make_optimizer, orthogonalized, rate
 
 RECIPE = {"lr_schedule": "constant", "momentum": 0.9, "weight_decay": 1e-4, "seed": 1, "stage": "test"}
