@@ -235,6 +235,10 @@ def read_config(path, cls, read_checkpoint):
     return stored
 
 
+GROUPS = ("data", "attack", "model", "training", "erasing", "run")  # in the order of --help
+METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -245,14 +249,14 @@ def parse(cls, argv=None, read_checkpoint=None):
 
     ``read_checkpoint(path) -> dict`` opens the checkpoints that ``--config`` names. Raises ``UserError``.
     """
-    parser = Parser(description=cls.__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(usage="%(prog)s [--config FILE] [--flag value ...]", description=cls.__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="take the configuration of this JSON file, result line or "
                                                          "checkpoint; flags win over it")
-    groups = {}
+    used = {f.metadata["group"] for f in fields(cls)}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
     for f in fields(cls):
         meta = f.metadata
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         default = f.default_factory() if f.type is list else f.default
         shown = "none" if default in ("", []) else default
         text = f"{meta['help']}\n[{shown}{' ' + meta['unit'] if meta['unit'] else ''}]".replace("%", "%%")
@@ -260,7 +264,7 @@ def parse(cls, argv=None, read_checkpoint=None):
             text += f" of {', '.join(meta['choices'])}"
         extra = {"nargs": "*"} if f.type is list else {"nargs": "?", "const": "true"} if f.type is bool else {}
         groups[meta["group"]].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text,
-                                           metavar=f.type.__name__.upper(), **extra)
+                                           metavar=METAVARS[f.type], **extra)
     given = vars(parser.parse_args(argv))
     by_name = {f.name: f for f in fields(cls)}
     values = {}

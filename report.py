@@ -1,4 +1,4 @@
-"""Tables of the README from results/main.jsonl: mean and standard deviation over seeds.
+"""Tables of the README from results/: runs of main.py (mean and deviation over seeds), networks, the recipe search.
 
     python report.py                # print them
     python report.py --write        # put them into README.md, between the markers
@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from config import EraseConfig, UserError, command, weight_root
+from config import EraseConfig, TrainConfig, UserError, command, weight_root
 from utils.files import read_lines, write_atomically
 
 ROOT = Path(__file__).parent
@@ -60,8 +60,8 @@ def table(runs):
     attack = "no trigger" if config["trigger_type"] == "none" else f"{config['trigger_type']}, {config['target_type']}"
     minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
     data = {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
-    out = [f"**{title(config)}**{config['s_name']}, {data} ({runs[0]['data']}), {attack}, {100 * config['ratio']:g}% "
-           f"clean images; seeds {seeds}.", "",
+    out = [f"**{title(config)}{config['s_name']}, {data} ({runs[0]['data']}), {attack}, {100 * config['ratio']:g}% "
+           f"clean images; seeds {seeds}.**", "",
            "| | ACC | ACC (non-target) | ASR | RA |", "|---|---|---|---|---|"]
     for name in runs[0]["metrics"]:
         cells = [cell([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
@@ -70,17 +70,57 @@ def table(runs):
                                 f"{minutes:.1f} minutes of training a run."])
 
 
-def render(records):
-    """All tables, those of one seed left out."""
+def render_runs(records):
+    """The tables of main.py's runs, those of fewer than three seeds left out."""
     return "\n\n".join(table(runs) for runs in groups(records) if len(runs) >= 3)
 
 
-def rewritten(readme, text):
-    """``readme`` with ``text`` between its markers. Raises ``UserError`` if they are not there."""
-    pattern = r"(<!-- results -->\n).*?(<!-- end of results -->)"
-    if not re.search(pattern, readme, re.S):
-        raise UserError("README.md has no <!-- results --> markers")
-    return re.sub(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+def render_trained(records):
+    """The table of the networks that train_badnet.py made."""
+    out = ["| command | data | ACC | ACC (non-target) | ASR | minutes |", "|---|---|---|---|---|---|"]
+    for r in records:
+        config = {k: v for k, v in r["config"].items() if k in TrainConfig.__dataclass_fields__}
+        words = command(TrainConfig(**config)).split()
+        cells = [cell([r["metrics"][k]]) for k in COLUMNS[:3]]
+        out.append(f"| `{' '.join(['python train_badnet.py', *words[2:]])}` | {config['dataset']}, {r['data']} | "
+                   f"{' | '.join(cells)} | {r['train_seconds'] / 60:.1f} |")
+    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
+    return "\n".join([*out, "", f"One run each. Measured on: {'; '.join(machines)}."])
+
+
+def render_search(records, best=8):
+    """The best recipes of each defense that search.py measured."""
+    def score(r):
+        return r["before"]["acc"] - r["metrics"]["acc"] + statistics.mean(r["metrics"]["asr"])
+
+    out = [f"{len(records)} recipes; the {best} best of each defense:", "",
+           "| | score | held-out ACC | mean surrogate ASR | values that were searched |", "|---|---|---|---|---|"]
+    for defense in sorted({r["config"]["defense"] for r in records}):
+        found = sorted((r for r in records if r["config"]["defense"] == defense), key=score)
+        for r in found[:best]:
+            recipe = ", ".join(f"{k} {v}" for k, v in r["recipe"].items())
+            out.append(f"| {defense} | {score(r):.2f} | {r['metrics']['acc']:.2f} | "
+                       f"{statistics.mean(r['metrics']['asr']):.2f} | {recipe} |")
+    return "\n".join(out)
+
+
+SECTIONS = {"results": (render_runs, "main.jsonl"), "trained": (render_trained, "train_badnet.jsonl"),
+            "search": (render_search, "search.jsonl")}
+
+
+def rendered():
+    """The text of every section, by name."""
+    return {name: render(read_lines(ROOT / "results" / file)) for name, (render, file) in SECTIONS.items()}
+
+
+def rewritten(readme, texts):
+    """``readme`` with each text between its section's markers. Raises ``UserError`` if they are not there."""
+    for name, text in texts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        if not re.search(pattern, readme, re.S):
+            raise UserError(f"README.md has no <!-- {name} --> markers")
+        readme = re.sub(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+    return readme
 
 
 def main(argv=None):
@@ -88,11 +128,11 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
-    text = render(read_lines(ROOT / "results" / "main.jsonl"))
-    print(text)
+    texts = rendered()
+    print("\n\n".join(texts.values()))
     if args.write:
         path = ROOT / "README.md"
-        new = rewritten(path.read_text(encoding="utf-8"), text)
+        new = rewritten(path.read_text(encoding="utf-8"), texts)
         write_atomically(path, lambda f: f.write(new.encode()))
 
 

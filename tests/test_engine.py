@@ -1,6 +1,7 @@
 """Training, evaluation and schedules; NAD as a defense."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -200,3 +201,16 @@ def test_devices_that_are_not_there():
         choose_device("cuda:77")
     with pytest.raises(UserError, match="--device gpu"):
         choose_device("gpu")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same():
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build("WRN-10-1", 10)
+        fit(model, cross_entropy, Batches(toy(), 16, seed=1), epochs=1, lr=0.01, compiled=compiled, **RECIPE)
+        results.append(model.fc.weight.detach())
+    assert torch.allclose(*results, atol=1e-4)
