@@ -126,25 +126,30 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     defense: str = option("nad", "erasing", "defense, one file each in defenses/")
     ratio: float = option(0.05, "erasing", "share of the training set that is the defender's clean subset [paper]",
                           low=0.0, high=1.0)
-    epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it", low=1, unit="epochs")
+    epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
+                         unit="epochs")
     batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
-    lr: float = option(0.1, "erasing", "learning rate of NAD's student", low=0.0)
-    ft_lr: float = option(0.1, "erasing", "learning rate of the fine-tuning that is measured beside", low=0.0)
-    lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo]; tenths = divided by 10 "
-                                                 "every 2 epochs [paper, teacher]; linear; cosine; constant",
+    lr: float = option(0.03, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
+    ft_lr: float = option(0.05, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
+                          low=0.0)
+    lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo, search]; tenths = divided "
+                                                 "by 10 every 2 epochs [paper, teacher]; linear; cosine; constant",
                               choices=("demo", "tenths", "linear", "cosine", "constant"))
     teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
                                  unit="epochs")
-    teacher_lr: float = option(0.1, "erasing", "learning rate of the teacher's fine-tuning", low=0.0)
+    teacher_lr: float = option(0.1, "erasing", "learning rate of the teacher's fine-tuning [paper, search]",
+                               low=0.0)
     teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
-    beta1: float = option(500.0, "erasing", "weight of the attention loss of the first layer", low=0.0)
-    beta2: float = option(1000.0, "erasing", "weight of the attention loss of the second layer", low=0.0)
-    beta3: float = option(1000.0, "erasing", "weight of the attention loss of the third and any further layer",
+    beta1: float = option(150.0, "erasing", "weight of the attention loss of the first layer [search; demo: 500]",
                           low=0.0)
+    beta2: float = option(300.0, "erasing", "weight of the attention loss of the second layer [search; demo: 1000]",
+                          low=0.0)
+    beta3: float = option(300.0, "erasing", "weight of the attention loss of the third and any further layer [search; "
+                                           "demo: 1000]", low=0.0)
     p: float = option(2.0, "erasing", "power of the attention map [paper]", low=1.0, high=16.0)
     attention: str = option("sum", "erasing", "attention map over channels of |F|^p [paper: sum]",
                             choices=("sum", "mean", "max"))
@@ -152,7 +157,7 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                                              "paper = l2 norm, mean over the batch (see at.py for the betas)",
                           choices=("demo", "paper"))
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
-    cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper: 9]", low=0,
+    cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
     eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves; 0: at the end only",
                              low=0, unit="epochs")

@@ -157,7 +157,8 @@ def show():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="*", metavar="name=value,value", help="fields of EraseConfig, and beta_scale")
+    parser.add_argument("grid", nargs="*", metavar="name=value,value",
+                        help="fields of EraseConfig, and beta_scale (1 = the demo's betas)")
     parser.add_argument("--defense", default="finetune", choices=defenses.NAMES)
     parser.add_argument("--table", action="store_true", help="print what was measured so far, best first")
     args = parser.parse_args(argv)
@@ -178,11 +179,12 @@ def main(argv=None):
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
         changes = dict(recipe)
-        scale = changes.pop("beta_scale", 1.0)
+        scale = changes.pop("beta_scale", None)
         if args.defense == "finetune" and "lr" in changes:
             changes["ft_lr"] = changes["lr"]
         config = replace(EraseConfig(seed=SEED, defense=args.defense), **changes)
-        config = replace(config, beta1=scale * config.beta1, beta2=scale * config.beta2, beta3=scale * config.beta3)
+        if scale is not None:
+            config = replace(config, beta1=500 * scale, beta2=1000 * scale, beta3=1000 * scale)
         if (as_dict(config), surrogate) in done:
             continue
         start = time.perf_counter()
