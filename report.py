@@ -88,18 +88,21 @@ def render_trained(records):
     return "\n".join([*out, "", f"One run each. Measured on: {'; '.join(machines)}."])
 
 
-def render_search(records, best=8):
+def render_search(records, best=5):
     """The best recipes of each defense that search.py measured."""
     def score(r):
         return r["before"]["acc"] - r["metrics"]["acc"] + statistics.mean(r["metrics"]["asr"])
 
-    out = [f"{len(records)} recipes; the {best} best of each defense:", "",
-           "| | score | held-out ACC | mean surrogate ASR | values that were searched |", "|---|---|---|---|---|"]
-    for defense in sorted({r["config"]["defense"] for r in records}):
-        found = sorted((r for r in records if r["config"]["defense"] == defense), key=score)
+    out = [f"{len(records)} recipes; the {best} best of each kind:", "",
+           "| network trained with | | score | held-out ACC | mean surrogate ASR | values that were searched |",
+           "|---|---|---|---|---|---|"]
+    kinds = sorted({(r["surrogate"], r["config"]["defense"]) for r in records})
+    for surrogate, defense in kinds:
+        found = sorted((r for r in records if (r["surrogate"], r["config"]["defense"]) == (surrogate, defense)),
+                       key=score)
         for r in found[:best]:
             recipe = ", ".join(f"{k} {v}" for k, v in r["recipe"].items())
-            out.append(f"| {defense} | {score(r):.2f} | {r['metrics']['acc']:.2f} | "
+            out.append(f"| {surrogate} | {defense} | {score(r):.2f} | {r['metrics']['acc']:.2f} | "
                        f"{statistics.mean(r['metrics']['asr']):.2f} | {recipe} |")
     return "\n".join(out)
 

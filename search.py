@@ -35,7 +35,7 @@ from utils.run import say
 from utils.seeds import derive, generator
 
 RESULTS = Path("results/search.jsonl")
-SURROGATE = Path("weight/s_net/search/WRN-16-1-surrogate.tar")
+SURROGATES = Path("weight/s_net/search")
 SEED = 1000  # of the search alone; reported numbers come from other seeds
 EPOCHS = 15
 TARGETS = (1, 4, 7)  # automobile, deer, horse
@@ -93,7 +93,7 @@ class SurrogateSet(TensorData):
 class Bench:
     """The surrogate network, its data, and the measurement."""
 
-    def __init__(self):
+    def __init__(self, optimizer):
         everything = load_data(TrainConfig(), train=True)
         counts = [500] * everything.n_classes
         held = stratified(everything.labels, counts, generator(SEED, "held out"))
@@ -103,16 +103,18 @@ class Bench:
         self.amp = use_bf16("auto", choose_device("cpu"))
         torch.manual_seed(derive(SEED, "weights"))
         self.model = select_model("CIFAR10", "WRN-16-1")
-        if SURROGATE.exists():
-            load_weights(self.model, load_checkpoint(SURROGATE), SURROGATE)
+        path = SURROGATES / f"WRN-16-1-{optimizer}.tar"
+        if path.exists():
+            load_weights(self.model, load_checkpoint(path), path)
         else:
-            config = TrainConfig(epochs=EPOCHS, lr=0.3)
+            config = TrainConfig(epochs=EPOCHS, optimizer=optimizer, lr=0.1 if optimizer == "muon" else 0.3)
             fit(self.model, cross_entropy, Batches(SurrogateSet(self.train), config.batch_size, make_augment(config),
                                                    SEED, "surrogate"),
                 epochs=EPOCHS, lr=config.lr, lr_schedule=config.lr_schedule, momentum=config.momentum,
                 weight_decay=config.weight_decay, seed=SEED, stage="surrogate", amp=self.amp,
-                progress=TerminalProgress())
-            save_checkpoint(SURROGATE, {"state_dict": self.model.state_dict(), "epoch": EPOCHS, "optimizer": {}})
+                turn=config.turn if optimizer == "muon" else 0.0, progress=TerminalProgress())
+            save_checkpoint(path, {"state_dict": self.model.state_dict(), "epoch": EPOCHS, "optimizer": {}})
+        self.hash = file_hash(path)
         self.model.eval().to(memory_format=torch.channels_last)
         self.triggered = [(trigger(self.held.images[self.held.labels != target]), target)
                           for trigger, target in zip(TRIGGERS, TARGETS, strict=True)]
@@ -151,7 +153,7 @@ def show():
         m = r["metrics"]
         recipe = " ".join(f"{k}={v}" for k, v in r["recipe"].items())
         say(f"{score(r):6.2f} {m['acc']:6.2f} {sum(m['asr']) / 3:9.2f}  " + " ".join(f"{a:6.2f}" for a in m["asr"])
-            + f"   {r['config']['defense']}: {recipe}")
+            + f"   {r['surrogate']} {r['config']['defense']}: {recipe}")
 
 
 def main(argv=None):
@@ -160,6 +162,8 @@ def main(argv=None):
     parser.add_argument("grid", nargs="*", metavar="name=value,value",
                         help="fields of EraseConfig, and beta_scale (1 = the demo's betas)")
     parser.add_argument("--defense", default="finetune", choices=defenses.NAMES)
+    parser.add_argument("--surrogate", default="muon", choices=("muon", "sgd"),
+                        help="how the surrogate network was trained (muon: as train_badnet.py does)")
     parser.add_argument("--table", action="store_true", help="print what was measured so far, best first")
     args = parser.parse_args(argv)
     if args.table:
@@ -172,10 +176,9 @@ def main(argv=None):
             raise UserError(f"{item}: EraseConfig has no {name}")
         names.append(name)
         lists.append([float(v) if name == "beta_scale" else convert(by_name[name], v, "") for v in values.split(",")])
-    bench = Bench()
+    bench = Bench(args.surrogate)
     say(f"surrogate network: {bench.before}")
-    surrogate = file_hash(SURROGATE)
-    done = [(r["config"], r["surrogate"]) for r in read_lines(RESULTS)]
+    done = [(r["config"], r["hash"]) for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
         changes = dict(recipe)
@@ -185,11 +188,11 @@ def main(argv=None):
         config = replace(EraseConfig(seed=SEED, defense=args.defense), **changes)
         if scale is not None:
             config = replace(config, beta1=500 * scale, beta2=1000 * scale, beta3=1000 * scale)
-        if (as_dict(config), surrogate) in done:
+        if (as_dict(config), bench.hash) in done:
             continue
         start = time.perf_counter()
-        record = {"recipe": recipe, "config": as_dict(config), "surrogate": surrogate, "before": bench.before,
-                  "metrics": bench.run(config), "seconds": round(time.perf_counter() - start, 1)}
+        record = {"recipe": recipe, "config": as_dict(config), "surrogate": args.surrogate, "hash": bench.hash,
+                  "before": bench.before, "metrics": bench.run(config), "seconds": round(time.perf_counter() - start, 1)}
         append_line(RESULTS, record)
         say(f"{score(record):6.2f}  {record['metrics']}  {recipe}  {record['seconds']} s")
     return None

@@ -1,8 +1,8 @@
 """shapes10: a generated data set of ten shapes, for trying everything out without a download.
 
 Images are 32 x 32 RGB. A shape of random colour, place, size and rotation lies on a textured background with clutter
-(short strokes) and pixel noise. The classes differ in outline only, never in colour, place or size. The same seed and
-size give the same images.
+(short strokes) and pixel noise; one shape in ten is faint. The classes differ in outline only, never in colour, place
+or size. The same seed and size give the same images.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +64,7 @@ def paint(labels, rng):
     n = len(labels)
     f32 = np.float32
     yy, xx = np.meshgrid(np.arange(SIZE, dtype=f32), np.arange(SIZE, dtype=f32), indexing="ij")
-    radius = rng.uniform(4.5, 9.0, n).astype(f32)
+    radius = rng.uniform(5.0, 10.0, n).astype(f32)
     cx, cy = (rng.uniform(radius, SIZE - 1 - radius).astype(f32) for _ in range(2))
     turn = rng.uniform(0, 2 * np.pi, n).astype(f32)
 
@@ -93,15 +93,16 @@ def paint(labels, rng):
     colour = rng.uniform(0, 255, (n, 3)).astype(f32)
     gap = np.abs(colour - ground).sum(1, keepdims=True)  # too little contrast: the complement of the background
     colour = np.where(gap < 90, np.mod(ground + 128, 256), colour)
-    opacity = rng.uniform(0.35, 1.0, (n, 1, 1, 1)).astype(f32)
+    faint = rng.random((n, 1, 1, 1)) < 0.1  # some shapes are hardly to be seen, so that no network gets them all
+    opacity = np.where(faint, rng.uniform(0.0, 0.25, faint.shape), rng.uniform(0.6, 1, faint.shape)).astype(f32)
     for label in range(len(CLASSES)):
         of = np.flatnonzero(labels == label)
         x, y = xx - cx[of, None, None], yy - cy[of, None, None]
         c, s = np.cos(turn[of, None, None]), np.sin(turn[of, None, None])
         cover = np.clip(0.5 - outline(label, c * x + s * y, c * y - s * x, radius[of, None, None]), 0, 1)[:, None]
         image[of] += opacity[of] * cover * (colour[of, :, None, None] - image[of])
-    stroke(3)
-    image += rng.standard_normal(image.shape, dtype=f32) * rng.uniform(5, 35, (n, 1, 1, 1)).astype(f32)
+    stroke(2)
+    image += rng.standard_normal(image.shape, dtype=f32) * rng.uniform(5, 25, (n, 1, 1, 1)).astype(f32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
