@@ -50,13 +50,18 @@ def title(config):
     return f"{Path(config['s_model']).parent.name}: " if config["s_model"] else ""
 
 
+def repeat(runs):
+    """The command that repeats ``runs``, but for its seed and the folders that it writes to."""
+    config = {k: v for k, v in runs[0]["config"].items()
+              if k in EraseConfig.__dataclass_fields__ and k not in NOT_IN_KEY}
+    return " ".join(["python main.py", *command(EraseConfig(**{**config, "s_model": shown(config)})).split()[2:]])
+
+
 def table(runs):
     """The Markdown table of one group, with a line about how it was made."""
     config = {k: v for k, v in runs[0]["config"].items() if k in EraseConfig.__dataclass_fields__}
     config.update({"seed": EraseConfig().seed, "s_model": shown(config)})
     seeds = ", ".join(str(r["config"]["seed"]) for r in runs)
-    words = command(EraseConfig(**config)).split()
-    line = " ".join(["python main.py", *words[2:]])
     attack = "no trigger" if config["trigger_type"] == "none" else f"{config['trigger_type']}, {config['target_type']}"
     minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
     data = {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
@@ -66,13 +71,14 @@ def table(runs):
     for name in runs[0]["metrics"]:
         cells = [cell([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
         out.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*out, "", f"`{line} --seed N`, {runs[0]['machine']}, torch {runs[0]['versions']['torch']}, "
-                                f"{minutes:.1f} minutes of training a run."])
+    made = f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, {minutes:.1f} minutes of training a run"
+    return "\n".join([*out, "", f"`{repeat(runs)} --seed N`, {made}."])
 
 
 def render_runs(records):
-    """The tables of main.py's runs, those of fewer than three seeds left out."""
-    return "\n\n".join(table(runs) for runs in groups(records) if len(runs) >= 3)
+    """The tables of main.py's runs, the defaults first, those of fewer than three seeds left out."""
+    found = [runs for runs in groups(records) if len(runs) >= 3]
+    return "\n\n".join(table(runs) for runs in sorted(found, key=lambda runs: len(repeat(runs).split())))
 
 
 def render_trained(records):
