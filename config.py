@@ -129,15 +129,15 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
                          unit="epochs")
     batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
-    lr: float = option(0.03, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
-    ft_lr: float = option(0.05, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
+    lr: float = option(0.01, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
+    ft_lr: float = option(0.01, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
                           low=0.0)
     lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo, search]; tenths = divided "
                                                  "by 10 every 2 epochs [paper, teacher]; linear; cosine; constant",
                               choices=("demo", "tenths", "linear", "cosine", "constant"))
     teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
                                  unit="epochs")
-    teacher_lr: float = option(0.1, "erasing", "learning rate of the teacher's fine-tuning [paper, search]",
+    teacher_lr: float = option(0.02, "erasing", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
                                low=0.0)
     teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
