@@ -151,7 +151,7 @@ def load_data(config, train):
     root = data_root(config)
     if name == "shapes10":
         size = wanted or (50_000 if train else 10_000)
-        images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 3",
+        images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
         data.source = "generated"

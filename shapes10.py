@@ -1,8 +1,8 @@
 """shapes10: a generated data set of ten shapes, for trying everything out without a download.
 
 Images are 32 x 32 RGB. A shape of random colour, place, size and rotation lies on a textured background with clutter
-(short strokes) and pixel noise; one shape in ten is faint. The classes differ in outline only, never in colour, place
-or size. The same seed and size give the same images.
+(short strokes) and pixel noise; one shape in twenty is faint. The classes differ in outline only, never in colour,
+place or size. The same seed and size give the same images.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +93,7 @@ def paint(labels, rng):
     colour = rng.uniform(0, 255, (n, 3)).astype(f32)
     gap = np.abs(colour - ground).sum(1, keepdims=True)  # too little contrast: the complement of the background
     colour = np.where(gap < 90, np.mod(ground + 128, 256), colour)
-    faint = rng.random((n, 1, 1, 1)) < 0.1  # some shapes are hardly to be seen, so that no network gets them all
+    faint = rng.random((n, 1, 1, 1)) < 0.05  # some shapes are hardly to be seen, so that no network gets them all
     opacity = np.where(faint, rng.uniform(0.0, 0.25, faint.shape), rng.uniform(0.6, 1, faint.shape)).astype(f32)
     for label in range(len(CLASSES)):
         of = np.flatnonzero(labels == label)
