@@ -105,6 +105,7 @@ def main(config):
                     save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "epoch": config.teacher_epochs,
                                                    "optimizer": {}, **rows["teacher"], "config": identity(config),
                                                    "versions": versions()})
+                    say(f"saved: {teacher_file}")
 
     rows = {"backdoored" if poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)

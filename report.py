@@ -1,7 +1,8 @@
-"""Tables of the README from results/: runs of main.py (mean and deviation over seeds), networks, the recipe search.
+"""Tables of the README from results/published: runs of main.py over seeds, trained networks, the recipe search.
 
     python report.py                # print them
     python report.py --write        # put them into README.md, between the markers
+    python report.py results        # the same tables of your own runs
 
 Runs are put together if their configurations agree in all but the seed; of runs with the same configuration and seed
 the newest counts. A table names the number of seeds, the command, the hardware and the time.
@@ -17,6 +18,7 @@ from config import EraseConfig, TrainConfig, UserError, command, weight_root
 from utils.files import read_lines, write_atomically
 
 ROOT = Path(__file__).parent
+PUBLISHED = ROOT / "results" / "published"
 COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
 NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every")
 
@@ -75,10 +77,20 @@ def table(runs):
     return "\n".join([*out, "", f"`{repeat(runs)} --seed N`, {made}."])
 
 
-def render_runs(records):
+def tables(records):
     """The tables of main.py's runs, the defaults first, those of fewer than three seeds left out."""
     found = [runs for runs in groups(records) if len(runs) >= 3]
-    return "\n\n".join(table(runs) for runs in sorted(found, key=lambda runs: len(repeat(runs).split())))
+    return [table(runs) for runs in sorted(found, key=lambda runs: len(repeat(runs).split()))]
+
+
+def render_headline(records):
+    """The table of the default command."""
+    return "\n".join(tables(records)[:1])
+
+
+def render_runs(records):
+    """All other tables."""
+    return "\n\n".join(tables(records)[1:])
 
 
 def render_trained(records):
@@ -113,13 +125,14 @@ def render_search(records, best=5):
     return "\n".join(out)
 
 
-SECTIONS = {"results": (render_runs, "main.jsonl"), "trained": (render_trained, "train_badnet.jsonl"),
+SECTIONS = {"headline": (render_headline, "main.jsonl"), "results": (render_runs, "main.jsonl"),
+            "trained": (render_trained, "train_badnet.jsonl"),
             "search": (render_search, "search.jsonl")}
 
 
-def rendered():
-    """The text of every section, by name."""
-    return {name: render(read_lines(ROOT / "results" / file)) for name, (render, file) in SECTIONS.items()}
+def rendered(folder=PUBLISHED):
+    """The text of every section, by name, from the result files in ``folder``."""
+    return {name: render(read_lines(Path(folder) / file)) for name, (render, file) in SECTIONS.items()}
 
 
 def rewritten(readme, texts):
@@ -135,9 +148,10 @@ def rewritten(readme, texts):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=PUBLISHED, help="where the result files lie")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
-    texts = rendered()
+    texts = rendered(args.folder)
     print("\n\n".join(texts.values()))
     if args.write:
         path = ROOT / "README.md"

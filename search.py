@@ -177,7 +177,7 @@ def main(argv=None):
         names.append(name)
         lists.append([float(v) if name == "beta_scale" else convert(by_name[name], v, "") for v in values.split(",")])
     bench = Bench(args.surrogate)
-    say(f"surrogate network: {bench.before}")
+    say(f"surrogate network: {bench.before}; results go to {RESULTS}")
     done = [(r["config"], r["hash"]) for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))

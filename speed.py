@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from config import DATASETS, EraseConfig, TrainConfig, UserError
+from config import EraseConfig, TrainConfig, UserError
 from data_loader import DatasetBD, DatasetCL, load_data
 from defenses.nad import NADLoss
 from models import select_model
@@ -149,7 +149,7 @@ main.main(EraseConfig(dataset={dataset!r}, device={device!r}, save=False, epochs
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS)
+    parser.add_argument("--dataset", default="CIFAR10", choices=("CIFAR10", "shapes10"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15, help="steps a round")

@@ -25,4 +25,5 @@ def tune(model, clean_data, config, epochs, lr, lr_schedule, stage, progress=Non
 
 def erase(model, clean_data, config, progress=None):
     """Fine-tune a copy of ``model`` on ``clean_data`` for ``config.epochs`` at ``config.ft_lr``."""
+    clean_data = clean_data.to(next(model.parameters()).device)
     return tune(model, clean_data, config, config.epochs, config.ft_lr, config.lr_schedule, "finetune", progress)

@@ -96,6 +96,7 @@ def erase(model, clean_data, config, progress=None, teacher=None):
 
     ``teacher`` defaults to ``make_teacher(...)``: the network in ``config.t_model``, or ``model`` fine-tuned.
     """
+    clean_data = clean_data.to(next(model.parameters()).device)
     if teacher is None:
         check(model, clean_data, config)
         teacher = make_teacher(model, clean_data, config, progress)

@@ -1,4 +1,4 @@
-"""The tables: means and deviations by hand, and a README that shows what results/ holds."""
+"""The tables: means and deviations by hand, and a README that shows what results/published holds."""
 
 import pytest
 from conftest import ROOT
@@ -17,7 +17,7 @@ def record(seed, asr, **changes):
 
 def test_mean_and_deviation_over_seeds():
     runs = [record(1, 2.0), record(2, 3.0), record(3, 4.0), record(3, 7.0), record(1, 9.0, lr=0.5)]
-    assert report.render_runs(runs) == (
+    assert report.render_headline(runs) == (
         "**WRN-16-1, CIFAR-10 (image files (jpg)), gridTrigger, all2one, 5% clean images; seeds 1, 2, 3.**\n\n"
         "| | ACC | ACC (non-target) | ASR | RA |\n|---|---|---|---|---|\n"
         "| backdoored | 80.00 | 81.00 | 100.00 | - |\n"
@@ -25,7 +25,7 @@ def test_mean_and_deviation_over_seeds():
         "`python main.py --seed N`, cpu, torch 2, 1.5 minutes of training a run.")
 
 
-def test_readme_shows_what_results_holds():
+def test_readme_shows_what_is_published():
     readme = (ROOT / "README.md").read_text()
     assert report.rewritten(readme, report.rendered()) == readme
     with pytest.raises(UserError, match="no <!-- results --> markers"):

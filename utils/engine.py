@@ -139,7 +139,7 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``freeze_bn`` keeps the statistics of
     BatchNorm as they are. An interrupted stage goes on from
-    ``progress.load(stage)``; everything random depends on ``seed``, ``stage`` and the epoch, so that it ends with the
+    ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
     same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
@@ -157,7 +157,7 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     if compiled:
         runner = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
     for epoch in range(first, epochs):
-        torch.manual_seed(derive(seed, stage, "layers", epoch))  # dropout and the like
+        torch.manual_seed(derive(seed, batches.name, "layers", epoch))  # dropout and the like
         start = time.perf_counter()
         model.train()
         for module in model.modules():
