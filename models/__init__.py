@@ -51,6 +51,8 @@ def build_torchvision(name, n_classes, in_channels, image_size):
                 module.inplace = False  # so that a hooked output stays what it was
         model.features_nhwc = name.startswith("swin")
         model.feature_layers = find_stages(model, torch.zeros(2, 3, image_size, image_size))
+        if name.startswith("swin"):
+            model.feature_layers = ("features.3", "features.5", "features.7")  # what follows is normalised or permuted
         if name.startswith("vit_"):
             n = len(model.encoder.layers)
             model.feature_layers = tuple(f"encoder.layers.encoder_layer_{n * k // 3 - 1}" for k in (1, 2, 3))
