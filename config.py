@@ -316,6 +316,11 @@ def file_name(s_name):
     return s_name.replace(":", "-").replace("/", "-")
 
 
+def student_file(config, given=""):
+    """The backdoored network's checkpoint in ``given`` or the default folder: what train_badnet.py writes."""
+    return weight_root(config, given, "s_net") / f"{file_name(config.s_name)}-S-model_best.pth.tar"
+
+
 def command(config):
     """The command line that repeats this run: the script and the flags that differ from the defaults."""
     words = [sys.argv[0]]

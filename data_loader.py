@@ -165,8 +165,7 @@ def load_data(config, train):
         counts = [int(share * int(n) + 0.5) for n in torch.bincount(data.labels, minlength=data.n_classes)]
         if not all(counts):
             raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
-        source, data = data.source, data.take(stratified(data.labels, counts, generator(0, "part of", split)))
-        data.source = source
+        data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
     return data
 
 
@@ -298,9 +297,10 @@ def load_torchvision(name, root, train, size):
                                    ).transpose(2, 0, 1)
         return images, labels
 
-    images, labels = cached(root / f"cache-{split}-{size}.npz", f"{name} torchvision", make)
+    cache = root / f"cache-{split}-{size}.npz"
+    images, labels = cached(cache, f"{name} torchvision", make)
     if len(labels) != IMAGES[name][0 if train else 1]:
-        (root / f"cache-{split}-{size}.npz").unlink(missing_ok=True)
+        cache.unlink(missing_ok=True)
         raise UserError(f"--dataset {name}: {root} holds {len(labels)} of {IMAGES[name][0 if train else 1]} {split} "
                         f"images; delete the unfinished download there and start again")
     data = tensor_data(images, labels, CIFAR10_CLASSES if name == "CIFAR10" else range(int(labels.max()) + 1))

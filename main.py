@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-import config as configuration
 import defenses
-from config import EraseConfig, UserError, weight_root
+from config import EraseConfig, UserError, file_name, student_file, weight_root
 from data_loader import DatasetBD, DatasetCL, load_data
 from models import select_model
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, versions
@@ -33,7 +32,7 @@ def student_path(config):
     """The checkpoint to erase: ``--s_model`` or the default one. Raises ``UserError`` if there is none."""
     if config.s_model:
         return Path(config.s_model)
-    path = weight_root(config, "", "s_net") / f"{configuration.file_name(config.s_name)}-S-model_best.pth.tar"
+    path = student_file(config)
     if not path.exists():
         raise UserError(f"no backdoored network at {path}: train it with train_badnet.py --dataset {config.dataset} "
                         f"--s_name {config.s_name}, or name another with --s_model")
@@ -53,7 +52,7 @@ def main(config):
     device = choose_device(config.device)
     amp = use_bf16(config.amp, device)
     defense = defenses.get(config.defense)
-    name = configuration.file_name(config.s_name)
+    name = file_name(config.s_name)
     target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
     teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
     path = student_path(config)

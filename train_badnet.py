@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-import config as configuration
-from config import TrainConfig, weight_root
+from config import TrainConfig, student_file
 from data_loader import DatasetBD, load_data
 from models import select_model
 from utils.data import Batches, make_augment
@@ -27,8 +26,7 @@ def main(config):
     """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
     device = choose_device(config.device)
     amp = use_bf16(config.amp, device)
-    name = configuration.file_name(config.s_name)
-    target = weight_root(config, config.checkpoint_root, "s_net") / f"{name}-S-model_best.pth.tar"
+    target = student_file(config, config.checkpoint_root)
     if finished(config, target):
         say(f"already finished: {target}")
         return

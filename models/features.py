@@ -23,7 +23,7 @@ class Features:
                 some = [n for n in modules if n and n.count(".") < 2]
                 raise UserError(f"--layers {name}: {type(model).__name__} has no such layer; it has "
                                 f"{', '.join(some[:40])}{', ...' if len(some) > 40 else ''}")
-        self.model, self.layers, self.modules = model, tuple(layers), [modules[name] for name in layers]
+        self.layers, self.modules = tuple(layers), [modules[name] for name in layers]
         self.channels_last = getattr(model, "features_nhwc", False)
         self.taken = {}
 

@@ -55,7 +55,9 @@ class TensorData(Dataset):
     def take(self, indices):
         """The samples at ``indices``, int64 ``(M,)``, as a data set of their own."""
         there = indices.to(self.images.device)
-        return TensorData(self.images[there], self.labels[there], self.classes, self.transform)
+        part = TensorData(self.images[there], self.labels[there], self.classes, self.transform)
+        part.source = self.source
+        return part
 
     def stamped(self, images, indices):
         """Hook for poisoned sets: ``images`` of the samples ``indices`` (on the CPU) stamped; here as they are."""

@@ -133,14 +133,13 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, turn=0.0,
-        freeze_bn=False, progress=None):
+        compiled=False, turn=0.0, freeze_bn=False, progress=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``freeze_bn`` keeps the statistics of
-    BatchNorm as they are. An interrupted stage goes on from
-    ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
-    same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
+    BatchNorm as they are. An interrupted stage goes on from ``progress.load(stage)``; everything random depends on
+    ``seed``, the batches and the epoch, so that it ends with the same weights. Raises
+    ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
     device = next(model.parameters()).device

@@ -100,7 +100,7 @@ class Journal(TerminalProgress):
         self.inputs = start_of(config)
         key = hashlib.sha256(json.dumps([identity(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
-        self.history, self.run_id, self.seconds, self.start = [], secrets.token_hex(8), 0.0, time.perf_counter()
+        self.history, self.run_id = [], secrets.token_hex(8)
         self.resumed = False
         if not config.save:
             return
