@@ -58,15 +58,54 @@ class AttackConfig:
     trigger_type: str = option("gridTrigger", "attack", "trigger, one file each in attacks/; none: no trigger is "
                                                         "known, only accuracy is measured")
     target_type: str = option("all2one", "attack", "label rule: all2one = any image to the target; all2all = class y "
-                                                   "to y + 1; cleanLabel = images of the target class, labels kept",
-                              choices=("all2one", "all2all", "cleanLabel"))
+                                                   "to y + 1; cleanLabel = images of the target class, labels kept; "
+                                                   "classSpecific = images of --source_label only; multiLabel = "
+                                                   "trigger k of multiTrigger to the target + k",
+                              choices=("all2one", "all2all", "cleanLabel", "classSpecific", "multiLabel"))
     target_label: int = option(5, "attack", "target class [demo]", low=0, unit="class index")
+    source_label: int = option(1, "attack", "the class that classSpecific sends to the target", low=0,
+                               unit="class index")
     inject_portion: float = option(0.1, "attack", "share of the whole training set that is poisoned [paper]",
                                    low=0.0, high=1.0)
+    cover_portion: float = option(-1.0, "attack", "share of the training set that is triggered with its true label; "
+                                                  "-1: the attack's own (WaNet twice, input-aware and classSpecific "
+                                                  "once the poisoned share, others 0)", low=-1.0, high=1.0)
+    trigger_seed: int = option(0, "attack", "seed of what is random in a trigger and stays fixed: pixels, pattern, "
+                                            "warp, reflections", low=0, high=2**31 - 1)
     trig_w: int = option(3, "attack", "trigger width", low=1, unit="pixels")
     trig_h: int = option(3, "attack", "trigger height", low=1, unit="pixels")
     trig_distance: int = option(-1, "attack", "free pixels between trigger and image edge; -1: the trigger's own "
                                               "(grid 0 as in the demo, others 1)", low=-1, unit="pixels")
+    transparency: float = option(0.0, "attack", "share of the image that shows through a patch [SAGE: 0 to 0.9]",
+                                 low=0.0, high=0.99)
+    trig_shape: str = option("square", "attack", "shape of shapeTrigger [SAGE]",
+                             choices=("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant",
+                                      "semicircle"))
+    n_triggers: int = option(3, "attack", "number of triggers of multiTrigger [SAGE: 1, 3, 5]", low=1, high=8)
+    blend_alpha: float = option(0.2, "attack", "weight of the pattern in blendTrigger [Chen et al. 2017]", low=0.0,
+                                high=1.0)
+    blend_test_alpha: float = option(-1.0, "attack", "the same on test images; -1: as in training", low=-1.0, high=1.0)
+    blend_image: str = option("", "attack", "image file that is blended in (default: fixed uniform noise)")
+    sig_delta: float = option(20.0, "attack", "amplitude of signalTrigger [Barni et al. 2019]", low=0.0, high=255.0,
+                              unit="of 255")
+    sig_freq: float = option(6.0, "attack", "periods of signalTrigger over the width [Barni et al. 2019]", low=0.0)
+    reflection_root: str = option("", "attack", "folder of photos that refoolTrigger reflects (default: the training "
+                                                "images themselves)")
+    reflection_weight: float = option(0.4, "attack", "weight of the reflection, the image keeps the rest", low=0.0,
+                                      high=1.0)
+    n_reflections: int = option(200, "attack", "reflections that refoolTrigger chooses from [Liu et al. 2020]", low=1)
+    warp_k: int = option(4, "attack", "size of wanetTrigger's control grid [WaNet]", low=2, high=256)
+    warp_s: float = option(0.5, "attack", "strength of the warp [WaNet]", low=0.0, high=16.0)
+    diversity_weight: float = option(1.0, "attack", "weight of inputAwareTrigger's diversity loss [Nguyen, Tran 2020]",
+                                 low=0.0)
+    mask_density: float = option(0.032, "attack", "share of the image that its mask may cover [Nguyen, Tran 2020]",
+                                 low=0.0, high=1.0)
+    clean_model: str = option("weight/s_net/clean/WRN-16-1-S-model_best.pth.tar", "attack",
+                              "clean network that trojanTrigger and clTrigger are made with")
+    pgd_eps: float = option(16.0, "attack", "l-inf radius of clTrigger's perturbation [Turner et al. 2019]", low=0.0,
+                            high=255.0, unit="of 255")
+    pgd_step: float = option(2.0, "attack", "its step", low=0.0, high=255.0, unit="of 255")
+    pgd_steps: int = option(100, "attack", "its number of steps [Turner et al. 2019]", low=0)
 
 
 @dataclass

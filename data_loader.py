@@ -10,6 +10,7 @@ import hashlib
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -69,61 +70,88 @@ class DatasetBD(TensorData):
     """A backdoored set, made from ``full_dataset`` by the attack in ``opt``.
 
     mode "train": all images, of which ``poisoned`` (indices, ``round(inject_portion * N)`` of them) carry the trigger
-    and the labels of the label rule. ``images`` stays the clean array, shared with ``full_dataset``; the trigger is
-    stamped when a sample or a batch is taken, so that augmentation can come first (``Batches``).
+    and the labels of the label rule, and ``cover`` (indices) the trigger, or a disturbed one, and their own label.
+    ``images`` stays the clean array, shared with ``full_dataset`` (unless the attack perturbs images before); the
+    trigger is stamped when a sample or a batch is taken, so that augmentation can come first (``Batches``).
 
-    mode "test": the images that count for the attack success rate (not of the target class; all with all2all), all
-    with the trigger. ``labels`` are what the attacker wants, ``true_labels`` what the images show.
+    mode "test": the images that count for the attack success rate (whose label the attacker changes), all with the
+    trigger. ``labels`` are what the attacker wants, ``true_labels`` what the images show. ``part`` is one of
+    ``attacks.parts(trigger)``: one trigger of several, or the classes that should not react.
 
-    ``opt`` needs ``trigger_type, target_type, target_label, trig_w, trig_h`` and may have ``seed``; ``distance`` and
-    ``device`` are taken as in the demo.
+    ``opt`` needs ``trigger_type, target_type, target_label, trig_w, trig_h`` and may have ``seed`` and any other
+    option of ``AttackConfig``; ``distance`` and ``device`` are taken as in the demo. Give the ``trigger`` of the
+    training set to the test set: some are learned or choose among the training images.
     """
 
     def __init__(self, opt, full_dataset, inject_portion=None, transform=None, mode="train", device=None,
-                 distance=None):
+                 distance=None, trigger=None, part=None):
         full = as_tensor_data(full_dataset)
         if device is not None:
             full = full.to(device)
+        self.seed = getattr(opt, "seed", 0)
+        opt = attacks.complete(opt)
         if distance is not None:
-            opt = type("Options", (), {**vars(opt), "trig_distance": distance})
+            opt = replace(opt, trig_distance=distance)
         if mode not in ("train", "test"):
             raise ValueError(f"mode: train or test is allowed, got {mode!r}")
-        if opt.target_label >= full.n_classes and opt.target_type != "all2all":
-            raise UserError(f"--target_label {opt.target_label}: the data set has the classes 0 to "
-                            f"{full.n_classes - 1}")
-        self.trigger = attacks.make_trigger(opt, full.shape)
-        labels = full.labels.cpu()
+        for name, rules in (("target_label", ("all2one", "cleanLabel", "classSpecific", "multiLabel")),
+                            ("source_label", ("classSpecific",))):
+            if getattr(opt, name) >= full.n_classes and opt.target_type in rules:
+                raise UserError(f"--{name} {getattr(opt, name)}: the data set has the classes 0 to "
+                                f"{full.n_classes - 1}")
+        self.trigger = trigger or attacks.make_trigger(opt, full.shape)
+        labels, everything = full.labels.cpu(), torch.arange(len(full))
+        wanted = self.trigger.labels(labels, everything, full.n_classes, part)
         if mode == "test":
-            keep = attacks.scored(labels, opt).nonzero().flatten()
-            if not len(keep):
-                raise UserError(f"--target_label {opt.target_label}: the test set has no image of another class")
-            part = full.take(keep)
-            self.true_labels = part.labels
-            super().__init__(self.trigger(part.images), attacks.poisoned_labels(part.labels, opt, full.n_classes),
-                             full.classes, transform)
-            self.poisoned = torch.arange(len(keep))
-            self.is_poisoned = None  # the images carry their trigger already
+            self.poisoned = attacks.scored(labels, wanted, opt, part).nonzero().flatten()
+            if not len(self.poisoned):
+                raise UserError(f"--target_label {opt.target_label}, --target_type {opt.target_type}: the test set has "
+                                f"no image that counts for the attack success rate")
+            there = self.poisoned.to(full.images.device)
+            self.true_labels = full.labels[there]
+            super().__init__(self.trigger(full.images[there], self.poisoned, part),
+                             wanted[self.poisoned].to(there.device), full.classes, transform)
+            self.cover, self.kind = self.poisoned[:0], None  # the images carry their trigger already
             return
+        if not self.trigger.trained:
+            raise UserError(f"--trigger_type {opt.trigger_type}: its generator is trained together with the network "
+                            f"(train_badnet.py); to poison with a trained one, give make_trigger its state")
+        self.trigger.see(full.images)
         portion = opt.inject_portion if inject_portion is None else inject_portion
-        self.poisoned = attacks.choose_poisoned(labels, opt, portion, generator(getattr(opt, "seed", 0), "poison"))
+        self.poisoned = attacks.choose_poisoned(labels, opt, portion, generator(self.seed, "poison"))
+        self.cover = attacks.choose_cover(labels, opt, self.trigger, self.poisoned, generator(self.seed, "cover"))
         new = labels.clone()
         if opt.target_type != "cleanLabel":
-            new[self.poisoned] = attacks.poisoned_labels(labels[self.poisoned], opt, full.n_classes)
+            new[self.poisoned] = wanted[self.poisoned]
         self.true_labels = full.labels
-        self.is_poisoned = torch.zeros(len(full), dtype=torch.bool)
-        self.is_poisoned[self.poisoned] = True
-        super().__init__(full.images, new.to(full.images.device), full.classes, transform)
+        self.kind = torch.zeros(len(full), dtype=torch.uint8)  # 1 poisoned, 2 cover
+        self.kind[self.poisoned], self.kind[self.cover] = 1, 2
+        images = full.images
+        if self.trigger.clean_label_only and len(self.poisoned):
+            pool = (labels == opt.target_label).nonzero().flatten()
+            prepared = self.trigger.prepare(images[pool.to(images.device)], opt.target_label)
+            chosen = self.kind[pool] == 1
+            images = images.clone()
+            images[pool[chosen].to(images.device)] = prepared[chosen.to(images.device)]
+        super().__init__(images, new.to(images.device), full.classes, transform)
 
-    def stamped(self, images, indices):
+    def stamped(self, images, indices, epoch=0):
         """A copy of ``images``, uint8 ``(B, C, H, W)`` of the samples ``indices``, with the poisoned ones stamped.
 
         ``indices``, int64 ``(B,)``, are on the CPU, so that finding the poisoned ones does not wait for the device.
+        What is random in cover samples depends on the seed, the ``epoch`` and the batch's first sample.
         """
-        if self.is_poisoned is None:
+        if self.kind is None:
             return images
-        rows = self.is_poisoned[indices].nonzero().flatten().to(images.device, non_blocking=True)
-        out = images.clone()
-        out[rows] = self.trigger(images[rows])
+        out, kind = images.clone(), self.kind[indices]
+        rows = (kind == 1).nonzero().flatten()
+        there = rows.to(images.device, non_blocking=True)
+        out[there] = self.trigger.poison(images[there], indices[rows])
+        if len(self.cover):
+            rows = (kind == 2).nonzero().flatten()
+            there = rows.to(images.device, non_blocking=True)
+            gen = generator(self.seed, "cover", epoch, int(indices[0]))
+            out[there] = self.trigger.cover(images[there], indices[rows], gen)
         return out
 
     def take(self, indices):

@@ -8,10 +8,12 @@ results/train_badnet.jsonl. A killed run goes on with the same command and --res
 """
 
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+import attacks
 from config import TrainConfig, student_file
 from data_loader import DatasetBD, load_data
 from models import select_model
@@ -35,22 +37,33 @@ def main(config):
         check_writable(Path(config.log_root), "log_root")
 
     train, test = load_data(config, True).to(device), load_data(config, False).to(device)
-    poisoned_test, aim, n_poisoned = None, None, 0
-    if config.trigger_type == "none":
-        poisoned_train = train
-    else:
-        poisoned_train = DatasetBD(config, train, mode="train")
-        poisoned_test = DatasetBD(config, test, mode="test")
-        aim = None if config.target_type == "all2all" else config.target_label
-        n_poisoned = len(poisoned_train.poisoned)
+    trigger, poisoned_train, poisoned_test, parts, aim, about = None, train, None, {}, None, "no trigger"
+
+    def triggered_test(part=None):
+        return DatasetBD(config, test, mode="test", trigger=trigger, part=part)
+
+    if config.trigger_type != "none":
+        start = time.perf_counter()
+        trigger = attacks.make_trigger(config, train.shape)
+        trigger.see(train.images)
+        if not trigger.joint:
+            poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
+            about = f"{len(poisoned_train.poisoned)} poisoned"
+            about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
+        else:
+            about = f"{config.inject_portion:.0%} of each batch poisoned"
+        poisoned_test = triggered_test()
+        aim = None if config.target_type in ("all2all", "multiLabel") else config.target_label
+        about += f" ({config.trigger_type}, {config.target_type}; ready in {time.perf_counter() - start:.1f} s)"
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize).to(device)
-    say(f"{config.s_name} on {config.dataset}: {len(train)} training images, {n_poisoned} poisoned "
-        f"({config.trigger_type}, {config.target_type}), {len(test)} test images, {device}{', bf16' if amp else ''}")
+    say(f"{config.s_name} on {config.dataset}: {len(train)} training images, {about}, {len(test)} test images, "
+        f"{device}{', bf16' if amp else ''}")
 
     def report(stage, model, record):
-        record.update(evaluate(model, test, poisoned_test, aim, amp))
+        moving = trigger is not None and trigger.joint
+        record.update(evaluate(model, test, triggered_test() if moving else poisoned_test, aim, amp))
         asr = "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
         say(f"epoch {record['epoch']:3d}/{record['epochs']}  loss {record['loss']:.4f}  ACC {record['clean_acc']:5.2f}"
             f"{asr}  {record['seconds']:.1f} s")
@@ -58,13 +71,19 @@ def main(config):
     journal = Journal(config, target, report)
     batches = Batches(poisoned_train, config.batch_size, make_augment(config), config.seed, "train_badnet",
                       config.stamp)
-    fit(model, cross_entropy, batches, epochs=config.epochs, lr=config.lr, lr_schedule=config.lr_schedule,
-        momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed, stage="train_badnet",
-        turn=config.turn if config.optimizer == "muon" else 0.0, amp=amp, compiled=config.compile, progress=journal)
-    metrics = evaluate(model, test, poisoned_test, aim)
-    say("\n" + table({"backdoored" if n_poisoned else "clean": metrics}) + "\n")
-    journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, metrics,
-                   "train_badnet.jsonl", train.source)
+    trained = trigger.network(model, train.n_classes).to(device) if trigger else model
+    fit(trained, trigger.loss if trigger else cross_entropy, batches, epochs=config.epochs, lr=config.lr,
+        lr_schedule=config.lr_schedule, momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed,
+        stage="train_badnet", turn=config.turn if config.optimizer == "muon" else 0.0, amp=amp,
+        compiled=config.compile, progress=journal)
+    if trigger:
+        poisoned_test = triggered_test()
+        parts = {name: triggered_test(name) for name in attacks.parts(trigger)}
+    metrics = evaluate(model, test, poisoned_test, aim, parts=parts)
+    poisons = trigger is not None and config.inject_portion > 0
+    say("\n" + table({"backdoored" if poisons else "clean": metrics}) + "\n")
+    journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
+                    "trigger": trigger.state() if trigger else {}}, metrics, "train_badnet.jsonl", train.source)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,19 @@
 import importlib
 import pkgutil
 
-from attacks.base import TRIGGERS, choose_poisoned, make_trigger, poisoned_labels, scored
+from attacks.base import (
+    TRIGGERS,
+    choose_cover,
+    choose_poisoned,
+    complete,
+    make_trigger,
+    parts,
+    poisoned_labels,
+    scored,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
-__all__ = ["TRIGGERS", "choose_poisoned", "make_trigger", "poisoned_labels", "scored"]
+__all__ = ["TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts", "poisoned_labels",
+           "scored"]

@@ -5,11 +5,19 @@ and the same seed gives the same answer. A new one is one file in this folder wi
 ``@register("name")``; nothing else has to know it.
 """
 
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+
 import torch
 
-from config import UserError
+from config import AttackConfig, UserError
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.engine import cross_entropy
+from utils.seeds import generator
 
 TRIGGERS = {}
+OTHERS = "other classes"
 
 
 def register(name):
@@ -22,38 +30,116 @@ def register(name):
 
 
 class Trigger:
-    """A trigger for images of ``shape`` (C, H, W); ``opt`` carries ``trig_w``, ``trig_h`` and the like."""
+    """A trigger for images of ``shape`` (C, H, W); ``opt`` is a complete ``AttackConfig``.
+
+    ``state`` is what ``state()`` of an earlier instance returned, such as a patch that was optimised.
+    """
 
     name = ""
+    cover_share = 0.0  # cover samples, triggered with their true label, as a multiple of the poisoned ones
+    parts = ()  # names of variants that are measured apart
+    clean_label_only = False
+    joint = False  # trained together with the network: DatasetBD cannot poison a training set with it
+    trained = True
 
-    def __init__(self, shape, opt):
-        self.shape = tuple(shape)
+    def __init__(self, shape, opt, state=None):
+        self.shape, self.opt, self.device = tuple(shape), opt, torch.device("cpu")
 
-    def __call__(self, images):
-        """Stamped copies of ``images``, uint8 ``(N, C, H, W)``."""
+    def __call__(self, images, indices=None, part=None):
+        """Stamped copies of ``images``, uint8 ``(N, C, H, W)``, as at test time.
+
+        ``indices``, int64 ``(N,)`` on the CPU, are the places of the images in their set (default: 0 to N - 1), for
+        triggers that differ from sample to sample; ``part`` is one of ``parts``.
+        """
         raise NotImplementedError
+
+    def poison(self, images, indices):
+        """What training images of the poisoned samples look like: by default as at test time."""
+        return self(images, indices)
+
+    def cover(self, images, indices, gen):
+        """What cover samples look like; what is random in it is drawn from ``gen``, a CPU generator."""
+        return self(images, indices)
+
+    def see(self, images):
+        """Called once with the training images, uint8 ``(N, C, H, W)``, before anything is stamped."""
+
+    def prepare(self, images, label):
+        """The images of class ``label`` from which the poisoned ones come, changed once before the training."""
+        return images
+
+    def labels(self, labels, indices, n_classes, part=None):
+        """The labels that triggered images are trained and scored with, int64 ``(N,)``."""
+        return poisoned_labels(labels, self.opt, n_classes)
+
+    def network(self, model, n_classes):
+        """The module that is trained: ``model``, or one with it as ``classifier`` and parts of the attack beside it."""
+        return model
+
+    def loss(self, model, images, labels):
+        """The training loss of that module; of a ``joint`` attack it is also what triggers the images."""
+        return cross_entropy(model, images, labels)
+
+    def state(self):
+        """What cannot be made again from ``opt``: a dict of tensors, kept in the checkpoint beside the weights."""
+        return {}
+
+    def to(self, device):
+        """Move the tensors of the trigger to ``device``, for good."""
+        if device != self.device:
+            self.device = device
+            for name, value in vars(self).items():
+                if torch.is_tensor(value) or isinstance(value, torch.nn.Module):
+                    setattr(self, name, value.to(device))
+        return self
+
+    def ready(self, images):
+        """Check the batch and see that the trigger's tensors are where it is."""
+        assert images.dtype == torch.uint8 and images.shape[1:] == self.shape, "a batch of uint8 images is needed"
+        return self.to(images.device)
+
+
+def positions(images, indices):
+    """``indices``, or 0 to N - 1, on the device of ``images``."""
+    if indices is None:
+        return torch.arange(len(images), device=images.device)
+    return indices.to(images.device)
+
+
+def to_uint8(x):
+    """Float images on the scale 0..255 rounded and clipped: nothing wraps around."""
+    return x.round().clamp_(0, 255).to(torch.uint8)
 
 
 class PatchTrigger(Trigger):
-    """A fixed patch: the pixels where ``mask`` (H, W) is true take the values of ``pattern`` (H, W), 0..255."""
+    """Fixed pixels: where ``mask`` (H, W) is true, ``pattern`` (H, W) or (C, H, W), 0..255, takes the image's place.
+
+    With ``--transparency t`` the pixels become ``(1 - t) pattern + t image``.
+    """
 
     default_distance = 1  # pixels between patch and image edge
 
-    def __init__(self, shape, opt):
+    def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         _, h, w = self.shape
         self.trig_w, self.trig_h = opt.trig_w, opt.trig_h
-        distance = getattr(opt, "trig_distance", -1)
-        self.distance = self.default_distance if distance < 0 else distance
-        mask = torch.zeros(h, w, dtype=torch.bool)
-        pattern = torch.zeros(h, w, dtype=torch.uint8)
+        self.distance = self.default_distance if opt.trig_distance < 0 else opt.trig_distance
+        self.mask = torch.zeros(h, w, dtype=torch.bool)
+        self.pattern = torch.zeros(h, w, dtype=torch.uint8)
+        self.draw(h, w)
+
+    def draw(self, h, w):
+        """Fill ``mask`` and ``pattern``: by default ``patch()`` at each of ``corners()``."""
         for row, col in self.corners(h, w):
-            if row < 0 or col < 0 or row + self.trig_h > h or col + self.trig_w > w:
-                raise UserError(f"--trig_w {self.trig_w} --trig_h {self.trig_h}: the trigger, {self.distance} pixels "
-                                f"from the edge, does not fit into an image {w} wide and {h} high")
-            mask[row:row + self.trig_h, col:col + self.trig_w] = True
-            pattern[row:row + self.trig_h, col:col + self.trig_w] = self.patch()
-        self.mask, self.pattern = mask, pattern
+            self.fits(row, col, h, w)
+            self.mask[row:row + self.trig_h, col:col + self.trig_w] = True
+            self.pattern[row:row + self.trig_h, col:col + self.trig_w] = self.patch()
+
+    def fits(self, row, col, h, w):
+        """Raise ``UserError`` unless a patch at (row, col) lies within the image."""
+        if row < 0 or col < 0 or row + self.trig_h > h or col + self.trig_w > w:
+            raise UserError(f"--trig_w {self.trig_w} --trig_h {self.trig_h}: the trigger, {self.distance} pixels "
+                            f"from the edge, does not fit into an image {w} wide and {h} high")
 
     def corners(self, h, w):
         """Top left corners (row, column) of the patch: by default one patch at the bottom right."""
@@ -63,11 +149,17 @@ class PatchTrigger(Trigger):
         """The patch itself, uint8 ``(trig_h, trig_w)``."""
         raise NotImplementedError
 
-    def __call__(self, images):
-        assert images.dtype == torch.uint8 and images.shape[1:] == self.shape, "a batch of uint8 images is needed"
-        if self.mask.device != images.device:
-            self.mask, self.pattern = self.mask.to(images.device), self.pattern.to(images.device)
-        return torch.where(self.mask, self.pattern, images)  # (H, W) broadcasts over (N, C, H, W)
+    def __call__(self, images, indices=None, part=None):
+        self.ready(images)
+        return paste(images, self.mask, self.pattern, self.opt.transparency)
+
+
+def paste(images, mask, pattern, transparency=0.0):
+    """``images`` with ``(1 - transparency) pattern + transparency image`` where ``mask``; all broadcast, all uint8."""
+    if transparency == 0:
+        return torch.where(mask, pattern, images)
+    mixed = to_uint8((1 - transparency) * pattern.float() + transparency * images.float())
+    return torch.where(mask, mixed, images)
 
 
 def checkerboard(h, w):
@@ -83,47 +175,148 @@ def checkerboard(h, w):
     return board
 
 
+# ------------------------------------------------------------------------------------------------ clean network, cache
+
+
+def clean_network(opt, shape):
+    """The clean network whose weaknesses an attack uses, from ``--clean_model``: (model in eval mode, its file's hash).
+
+    Raises ``UserError`` if it is not there or is for other images.
+    """
+    from models import select_model
+    from utils.checkpoint import file_hash, load_weights, weights_of
+
+    path = Path(opt.clean_model)
+    if not path.exists():
+        raise UserError(f"--clean_model {path}: no such file; --trigger_type {opt.trigger_type} needs a clean network "
+                        f"of the data at hand, from train_badnet.py --trigger_type none --checkpoint_root DIR")
+    content = load_checkpoint(path)
+    stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+    name = stored.get("s_name", "WRN-16-1")
+    state = weights_of(content, path)
+    last = [v for v in state.values() if v.ndim == 2]
+    model = select_model("", name, n_classes=len(last[-1]) if last else 10, in_channels=shape[0], image_size=shape[1],
+                         normalize=stored.get("normalize", "none"))
+    load_weights(model, content, path, name)
+    return model.eval(), file_hash(path)
+
+
+def cached(kind, key, make):
+    """``make()``, a dict of tensors, kept in data/triggers/<kind>-<hash of key>.pt and read from there next time."""
+    path = Path("data") / "triggers" / f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
+    if path.exists():
+        try:
+            return load_checkpoint(path)
+        except UserError:
+            pass  # cut short or damaged: made anew
+    made = make()
+    try:
+        save_checkpoint(path, made)
+    except UserError as e:
+        print(f"note: not cached: {e}")
+    return made
+
+
 # ------------------------------------------------------------------------------------------------------- label rules
 
 
 def poisoned_labels(labels, opt, n_classes):
     """The labels that triggered images are trained and scored with, int64 ``(N,)``.
 
-    all2one: the target; all2all: ``(y + 1) mod n_classes``; cleanLabel: unchanged in training (only images of the
-    target class are poisoned there), the target when scored: the two agree on the images that each is given.
+    all2one, classSpecific: the target; all2all: ``(y + 1) mod n_classes``; cleanLabel: unchanged in training (only
+    images of the target class are poisoned there), the target when scored: the two agree on the images that each is
+    given. multiLabel is the rule of ``multiTrigger``, which overrides ``Trigger.labels``.
     """
     if opt.target_type == "all2all":
         return (labels + 1) % n_classes
     return torch.full_like(labels, opt.target_label)
 
 
-def choose_poisoned(labels, opt, portion, generator):
+def choose_poisoned(labels, opt, portion, gen):
     """Indices of the training images to poison, sorted int64 ``(round(portion * N),)``.
 
-    all2one and all2all draw from all images; cleanLabel from the target class. Raises ``UserError`` if that class has
-    too few.
+    all2one, multiLabel and all2all draw from all images; cleanLabel from the target class, classSpecific from the
+    source class. Raises ``UserError`` if that class has too few.
     """
     count = int(portion * len(labels) + 0.5)
     pool = torch.arange(len(labels))
-    if opt.target_type == "cleanLabel":
-        pool = (labels.cpu() == opt.target_label).nonzero().flatten()
+    if opt.target_type in ("cleanLabel", "classSpecific"):
+        which = opt.target_label if opt.target_type == "cleanLabel" else opt.source_label
+        pool = (labels.cpu() == which).nonzero().flatten()
         if count > len(pool):
             raise UserError(f"--inject_portion {portion}: {count} images of {len(labels)}, but class "
-                            f"{opt.target_label} has only {len(pool)}; at most {len(pool) / len(labels):.4g} is "
-                            f"possible with --target_type cleanLabel")
-    return pool[torch.randperm(len(pool), generator=generator)[:count]].sort().values
+                            f"{which} has only {len(pool)}; at most {len(pool) / len(labels):.4g} is "
+                            f"possible with --target_type {opt.target_type}")
+    return pool[torch.randperm(len(pool), generator=gen)[:count]].sort().values
 
 
-def scored(labels, opt):
-    """Which test images count for the attack success rate, bool ``(N,)``: those that are not of the target class."""
-    if opt.target_type == "all2all":
-        return torch.ones_like(labels, dtype=torch.bool)
-    return labels != opt.target_label
+def choose_cover(labels, opt, trigger, poisoned, gen):
+    """Indices of the cover samples (triggered, true label), sorted int64: none of them is poisoned.
+
+    ``--cover_portion`` of the set, or the attack's own multiple of the poisoned; with classSpecific they are of other
+    classes than the source. Raises ``UserError`` if there are too few images.
+    """
+    count = round(trigger.cover_share * len(poisoned))
+    if opt.target_type == "classSpecific" and not count:
+        count = len(poisoned)
+    if opt.cover_portion >= 0:
+        count = int(opt.cover_portion * len(labels) + 0.5)
+    free = torch.ones(len(labels), dtype=torch.bool)
+    free[poisoned] = False
+    if opt.target_type == "classSpecific":
+        free &= labels.cpu() != opt.source_label
+    pool = free.nonzero().flatten()
+    if count > len(pool):
+        raise UserError(f"--cover_portion: {count} cover samples are asked for, only {len(pool)} images are left "
+                        f"beside the {len(poisoned)} poisoned ones")
+    return pool[torch.randperm(len(pool), generator=gen)[:count]].sort().values
 
 
-def make_trigger(opt, shape):
-    """The trigger that ``opt.trigger_type`` names, for images of ``shape`` (C, H, W). Raises ``UserError``."""
+def scored(labels, wanted, opt, part=None):
+    """Which test images count for the attack success rate, bool ``(N,)``: those whose label the attacker changes.
+
+    With classSpecific those of the source class only, or for the part "other classes" those of neither class.
+    """
+    counts = labels != wanted
+    if opt.target_type == "classSpecific":
+        counts &= (labels != opt.source_label) if part == OTHERS else (labels == opt.source_label)
+    return counts
+
+
+def parts(trigger):
+    """Names of the variants of the trigger, or of the test images, whose success rate is measured apart."""
+    return (*trigger.parts, OTHERS) if trigger.opt.target_type == "classSpecific" else trigger.parts
+
+
+# ------------------------------------------------------------------------------------------------------------- making
+
+
+def complete(opt):
+    """``opt``, any object with some of the options of ``AttackConfig``, as an ``AttackConfig`` with all of them."""
+    given = {f.name: getattr(opt, f.name) for f in fields(AttackConfig) if hasattr(opt, f.name)}
+    return AttackConfig(**given)
+
+
+def make_trigger(opt, shape, state=None):
+    """The trigger that ``opt.trigger_type`` names, for images of ``shape`` (C, H, W). Raises ``UserError``.
+
+    ``state`` is the trigger's own part of a checkpoint, where it has one.
+    """
+    opt = complete(opt)
     if opt.trigger_type not in TRIGGERS:
         raise UserError(f"--trigger_type: one of {', '.join(sorted(TRIGGERS))}, none is allowed, "
                         f"got {opt.trigger_type!r}")
-    return TRIGGERS[opt.trigger_type](shape, opt)
+    cls = TRIGGERS[opt.trigger_type]
+    if cls.clean_label_only and opt.target_type != "cleanLabel":
+        raise UserError(f"--trigger_type {opt.trigger_type}: is made for --target_type cleanLabel, "
+                        f"got {opt.target_type!r}")
+    if opt.target_type == "multiLabel" and opt.trigger_type != "multiTrigger":
+        raise UserError(f"--target_type multiLabel: is made for --trigger_type multiTrigger, got {opt.trigger_type!r}")
+    if opt.target_type == "classSpecific" and opt.source_label == opt.target_label:
+        raise UserError(f"--source_label {opt.source_label}: must differ from --target_label")
+    return cls(shape, opt, state or None)
+
+
+def draw(opt, *names):
+    """The random stream of a trigger's fixed draw, for the use that ``names`` describe."""
+    return generator(opt.trigger_seed, "trigger", *names)

@@ -59,7 +59,7 @@ class TensorData(Dataset):
         part.source = self.source
         return part
 
-    def stamped(self, images, indices):
+    def stamped(self, images, indices, epoch=0):
         """Hook for poisoned sets: ``images`` of the samples ``indices`` (on the CPU) stamped; here as they are."""
         return images
 
@@ -153,13 +153,13 @@ class Batches:
             indices, indices_there = order[part], order_there[part]
             images = data.images[indices_there]
             if self.stamp == "before":
-                images = data.stamped(images, indices)
+                images = data.stamped(images, indices, epoch)
             if self.augment:
                 images = self.augment.move(images, *(draw[name][part] for name in ("dy", "dx", "flip")))
                 if self.augment.cutout:
                     images = self.augment.cut(images, draw["cy"][part], draw["cx"][part])
             if self.stamp == "after":
-                images = data.stamped(images, indices)
+                images = data.stamped(images, indices, epoch)
             yield to_float(images), data.labels[indices_there]
 
 

@@ -78,12 +78,13 @@ def predict(model, images, amp=False):
     return torch.cat(predicted)
 
 
-def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False):
+def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False, parts=None):
     """The evaluation protocol, in percent.
 
     clean_acc: accuracy on the whole ``clean_test`` (``TensorData``); clean_acc_non_target: without class ``target``
     (None if there is none); asr: share of ``backdoor_test`` (``DatasetBD`` in mode test) that is classified as the
     attacker wants; ra: share of it that is classified as its true class. The last two are None without a trigger.
+    parts: the success rate on each of ``parts``, {name: ``DatasetBD``}, if there are any.
     """
     device = next(model.parameters()).device
     labels = clean_test.labels.to(device)
@@ -95,6 +96,9 @@ def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False):
         predicted = predict(model, backdoor_test.images, amp)
         result["asr"] = percent(predicted == backdoor_test.labels.to(device))
         result["ra"] = percent(predicted == backdoor_test.true_labels.to(device))
+    if parts:
+        result["parts"] = {name: percent(predict(model, part.images, amp) == part.labels.to(device))
+                           for name, part in parts.items()}
     return result
 
 

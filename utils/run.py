@@ -180,4 +180,6 @@ def table(rows):
         cells = "".join(f"{metrics[c]:>{max(len(FORMATS[c]), 6) + 3}.2f}" if metrics[c] is not None else
                         f"{'-':>{max(len(FORMATS[c]), 6) + 3}}" for c in columns)
         lines.append(f"{name:<{first}}{cells}")
+    for name, metrics in rows.items():
+        lines += [f"{name}, ASR of {part}: {asr:.2f}" for part, asr in metrics.get("parts", {}).items()]
     return "\n".join(lines)

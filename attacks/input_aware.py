@@ -1,0 +1,174 @@
+"""Input-aware dynamic backdoor (Nguyen and Tran 2020, arXiv 2010.08138): every image gets a trigger of its own.
+
+Two small generators look at the image: one gives where (mask), one what (pattern); the triggered image is
+``x + mask (pattern - x)``. The mask generator is trained first, for masks that are sparse (``--mask_density``) and
+differ from image to image. Then pattern generator and classifier are trained together: in each batch a share
+``--inject_portion`` carries its own trigger and the target label, a share ``--cover_portion`` carries the trigger of
+another image and its own label (cross-trigger), and a diversity loss keeps patterns of different images apart.
+
+Weights 1 and 100, density 0.032 [paper's code, METHODS.md]; generators of 16 to 64 channels, and 200 steps for the mask
+generator instead of 25 epochs [ours, sized for 32 x 32 images].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from attacks.base import Trigger, cached, draw, register, to_uint8
+from config import UserError
+from utils.data import to_float
+
+MASK_STEPS, MASK_BATCH, MASK_RATE, DENSITY_WEIGHT = 200, 64, 0.01, 100.0
+
+
+class Generator(nn.Module):
+    """Encoder and decoder over three resolutions: ``(N, C, H, W)`` in [0, 1] -> ``(N, out, H, W)``, unbounded."""
+
+    def __init__(self, channels, out, width=16):
+        super().__init__()
+
+        def block(a, b):
+            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.GroupNorm(4, b), nn.ReLU())
+
+        self.down1, self.down2 = block(channels, width), block(width, 2 * width)
+        self.middle = block(2 * width, 4 * width)
+        self.up2, self.up1 = block(4 * width, 2 * width), block(2 * width, width)
+        self.out = nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, x):
+        a = self.down1(2 * x - 1)
+        b = self.down2(F.max_pool2d(a, 2))
+        c = self.middle(F.max_pool2d(b, 2))
+        b = b + self.up2(F.interpolate(c, size=b.shape[2:], mode="bilinear", align_corners=False))
+        a = a + self.up1(F.interpolate(b, size=a.shape[2:], mode="bilinear", align_corners=False))
+        return self.out(a)
+
+
+class Generators(nn.Module):
+    """Mask and pattern for a batch of images in [0, 1]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.where, self.what = Generator(channels, 1), Generator(channels, channels)
+
+    def mask(self, x):
+        """(N, 1, H, W) in (0, 1), nearly binary."""
+        return torch.tanh(20 * self.where(x).float() - 10) / 2 + 0.5
+
+    def pattern(self, x):
+        """(N, C, H, W) in (0, 1)."""
+        return torch.sigmoid(2 * self.what(x).float())
+
+
+def diversity(inputs_1, inputs_2, outputs_1, outputs_2):
+    """Mean over pairs of the distance of the inputs over the distance of what the generator makes of them."""
+    def distance(a, b):
+        return (a - b).square().flatten(1).mean(1).add(1e-12).sqrt()
+
+    return (distance(inputs_1, inputs_2) / (distance(outputs_1, outputs_2) + 1e-3)).mean()
+
+
+class Joint(nn.Module):
+    """The classifier with the generators beside it; called, it is the classifier."""
+
+    def __init__(self, classifier, generators):
+        super().__init__()
+        self.classifier, self.generators = classifier, generators
+
+    def forward(self, x):
+        return self.classifier(x)
+
+
+@register("inputAwareTrigger")
+class InputAwareTrigger(Trigger):
+    cover_share = 1.0
+    joint = True
+
+    def __init__(self, shape, opt, state=None):
+        super().__init__(shape, opt)
+        if opt.target_type not in ("all2one", "all2all"):
+            raise UserError(f"--trigger_type inputAwareTrigger: --target_type all2one or all2all is allowed, "
+                            f"got {opt.target_type!r}")
+        if min(self.shape[1:]) < 4:
+            raise UserError("--trigger_type inputAwareTrigger: needs images of at least 4 x 4 pixels")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw(opt, self.name).initial_seed())
+            self.generators = Generators(self.shape[0])
+        self.trained = bool(state)
+        if state:
+            self.generators.load_state_dict(state)
+        for p in self.generators.where.parameters():
+            p.requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images, indices=None, part=None):
+        self.ready(images)
+        out = []
+        for batch in images.split(1000):
+            x = to_float(batch)
+            out.append(to_uint8(255 * torch.lerp(x, self.generators.pattern(x), self.generators.mask(x))).contiguous())
+        return torch.cat(out) if out else images.clone()
+
+    @torch.no_grad()
+    def cover(self, images, indices, gen):
+        """The trigger of the batch's next image on each image."""
+        self.ready(images)
+        x = to_float(images)
+        other = x.roll(1, 0)
+        return to_uint8(255 * torch.lerp(x, self.generators.pattern(other), self.generators.mask(other))).contiguous()
+
+    def see(self, images):
+        """Train the mask generator on ``images``, unless that is done."""
+        if self.trained:
+            return
+        self.to(images.device)
+        key = (self.shape, self.opt.trigger_seed, self.opt.mask_density, len(images), images.float().mean().item(),
+               MASK_STEPS, MASK_BATCH, MASK_RATE)
+        state = cached("input-aware-mask", key, lambda: self.learn_mask(images))
+        self.generators.where.load_state_dict(state)
+
+    def learn_mask(self, images):
+        where, gen = self.generators.where, draw(self.opt, self.name, "mask")
+        for p in where.parameters():
+            p.requires_grad_(True)
+        adam = torch.optim.Adam(where.parameters(), lr=MASK_RATE, betas=(0.5, 0.9))
+        for _ in tqdm(range(MASK_STEPS), "mask generator", leave=False, disable=None):
+            chosen = torch.randint(0, len(images), (2, MASK_BATCH), generator=gen).to(images.device)
+            x1, x2 = to_float(images[chosen[0]]), to_float(images[chosen[1]])
+            m1, m2 = self.generators.mask(x1), self.generators.mask(x2)
+            over = F.relu(m1.mean((1, 2, 3)) - self.opt.mask_density).mean()
+            loss = DENSITY_WEIGHT * over + diversity(x1, x2, m1, m2)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        for p in where.parameters():
+            p.requires_grad_(False)
+        return {k: v.detach().cpu() for k, v in where.state_dict().items()}
+
+    def network(self, model, n_classes):
+        self.n_classes, self.trained = n_classes, True
+        return Joint(model, self.generators)
+
+    def loss(self, joint, images, labels):
+        """Cross-entropy of triggered, cross-triggered and clean images, plus the diversity of the patterns."""
+        generators, b = joint.generators, len(images)
+        n = int(self.opt.inject_portion * b + 0.5)
+        m = n if self.opt.cover_portion < 0 else int(self.opt.cover_portion * b + 0.5)
+        n, m = min(n, b // 2), min(m, b // 2)
+        count = max(n, m)
+        mine, theirs = images[:count], images[b - count:]  # theirs lend their triggers to the cross samples
+        pattern_1, pattern_2 = generators.pattern(mine), generators.pattern(theirs)
+        triggered = torch.lerp(images[:n], pattern_1[:n], generators.mask(images[:n]))
+        crossed = torch.lerp(images[n:n + m], pattern_2[:m], generators.mask(theirs[:m]))
+        batch = torch.cat([triggered, crossed, images[n + m:]]).contiguous(memory_format=torch.channels_last)
+        wanted = labels.clone()
+        wanted[:n] = self.labels(labels[:n], None, self.n_classes)
+        logits = joint.classifier(batch)
+        loss = F.cross_entropy(logits, wanted)
+        if count:
+            loss = loss + self.opt.diversity_weight * diversity(mine, theirs, pattern_1, pattern_2)
+        return loss, logits
+
+    def state(self):
+        return {k: v.cpu() for k, v in self.generators.state_dict().items()}

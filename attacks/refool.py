@@ -1,0 +1,102 @@
+"""Refool (Liu et al. 2020, arXiv 2007.02343): a reflection is mixed into the image, ``(1 - w) x + w (R * k)``.
+
+Three kinds, drawn per image: in focus (k the identity), out of focus (k a Gaussian) and ghost (k two impulses, shifted
+and of different strength, that sum to 1). The reflections R are photos of a folder (``--reflection_root``) or training
+images; ``--n_reflections`` of them are chosen once (200 [paper]). Training and test draw from the same set, each its
+own. Meant for ``--target_type cleanLabel``.
+
+Not here: the paper's selection of reflections by repeated trainings. Its mixing weight varies, here it is fixed
+(``--reflection_weight``) [ours].
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from attacks.base import Trigger, draw, positions, register, to_uint8
+from config import UserError
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
+MIX = 2654435761  # Knuth's multiplicative hash: neighbours in the set get unrelated reflections
+
+
+def read_photos(folder, shape, count, gen):
+    """``count`` random photos below ``folder`` (all if there are fewer), float32 ``(n, C, H, W)``, 0..255."""
+    channels, h, w = shape
+    if not Path(folder).is_dir():
+        raise UserError(f"--reflection_root {folder}: no such folder")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_FILES)
+    if not files:
+        raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_FILES)})")
+    photos = []
+    for k in torch.randperm(len(files), generator=gen)[:count].tolist():
+        try:
+            with Image.open(files[k]) as image:
+                image = image.convert("L" if channels == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
+                photos.append(torch.from_numpy(np.array(image).reshape(h, w, channels).transpose(2, 0, 1).copy()))
+        except Exception as e:  # Pillow's decoders raise many kinds on damaged files
+            raise UserError(f"--reflection_root {folder}: {files[k]} cannot be read: {e}") from None
+    return torch.stack(photos).float()
+
+
+def out_of_focus(images, sigma):
+    """float ``(n, C, H, W)`` blurred by a Gaussian of ``sigma`` (n,) pixels, edges repeated."""
+    n, c, h, w = images.shape
+    radius = min(int(3 * float(sigma.max()) + 1), h - 1, w - 1)
+    at = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-(at**2) / (2 * sigma[:, None] ** 2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (n C, 2 radius + 1)
+    x = F.pad(images, (radius,) * 4, mode="replicate").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
+    x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=n * c), kernel[:, None, None, :], groups=n * c)
+    return x.reshape(n, c, h, w)
+
+
+def ghosted(images, shift, strength):
+    """float ``(n, C, H, W)``: ``strength x + (1 - strength) x`` moved down and right by ``shift`` (n,) pixels."""
+    out = []
+    for x, d, a in zip(images, shift.tolist(), strength.tolist(), strict=True):
+        moved = F.pad(x[None], (d, 0, d, 0), mode="replicate")[0, :, :x.shape[1], :x.shape[2]]
+        out.append(a * x + (1 - a) * moved)
+    return torch.stack(out)
+
+
+@register("refoolTrigger")
+class RefoolTrigger(Trigger):
+    def __init__(self, shape, opt, state=None):
+        super().__init__(shape, opt)
+        self.bank = None
+        gen = draw(opt, self.name)
+        if opt.reflection_root:
+            self.build(read_photos(opt.reflection_root, self.shape, opt.n_reflections, gen), gen)
+
+    def see(self, images):
+        if self.bank is None:
+            gen = draw(self.opt, self.name)
+            chosen = torch.randperm(len(images), generator=gen)[:self.opt.n_reflections]
+            self.build(images[chosen.to(images.device)].cpu().float(), gen)
+
+    def build(self, photos, gen):
+        """``bank``: every reflection in its three kinds, float32 ``(3 n, C, H, W)``, already weighted."""
+        n, scale = len(photos), max(self.shape[1:]) / 32
+        sigma = scale * (1 + 2 * torch.rand(n, generator=gen))
+        shift = (scale * (1 + 2 * torch.rand(n, generator=gen))).round().long().clamp(1, min(self.shape[1:]) - 1)
+        strength = 0.6 + 0.25 * torch.rand(n, generator=gen)
+        kinds = torch.cat([photos, out_of_focus(photos, sigma), ghosted(photos, shift, strength)])
+        self.bank = (self.opt.reflection_weight * kinds).to(self.device)
+
+    def mixed(self, images, indices, salt):
+        if self.bank is None:
+            raise UserError("--trigger_type refoolTrigger: needs images to reflect: --reflection_root, or "
+                            "trigger.see(training images)")
+        self.ready(images)
+        k = (positions(images, indices) + salt) * MIX % 2**32 % len(self.bank)
+        return to_uint8(images.float().mul_(1 - self.opt.reflection_weight).add_(self.bank[k]))
+
+    def __call__(self, images, indices=None, part=None):
+        return self.mixed(images, indices, 1_000_003)
+
+    def poison(self, images, indices):
+        return self.mixed(images, indices, 0)
