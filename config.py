@@ -158,6 +158,10 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     """``python main.py``: erase the backdoor of a trained network with a few clean images."""
 
+    trigger_type: str = option("auto", "attack", "trigger, one file each in attacks/; auto = the attack that the "
+                                                 "checkpoint was trained with (flags of this group win over its "
+                                                 "settings), gridTrigger if it does not say; none: no trigger is "
+                                                 "known, only accuracy is measured")
     s_model: str = option("", "model", "checkpoint of the network to erase (default: what train_badnet.py wrote, or "
                                        "the shipped one)")
     t_model: str = option("", "model", "checkpoint of the teacher (default: fine-tune one from the network itself)")
@@ -202,6 +206,15 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                              low=0, unit="epochs")
     checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")
     teacher_root: str = option("", "run", "folder of the fine-tuned teacher (default: weight/t_net)")
+
+
+@dataclass
+class PictureConfig(DataConfig, AttackConfig):
+    """``python visualize.py triggers``: every attack on one image."""
+
+    image: int = option(0, "picture", "which test image", low=0)
+    out: str = option("pictures", "picture", "folder of the PNG files")
+    weights: str = option("weight/s_net", "picture", "folder below which networks lie whose triggers were learned")
 
 
 # --------------------------------------------------------------------------------------------- reading the command line
@@ -279,7 +292,7 @@ def read_config(path, cls, read_checkpoint):
     return stored
 
 
-GROUPS = ("data", "attack", "model", "training", "erasing", "run")  # in the order of --help
+GROUPS = ("data", "attack", "model", "training", "erasing", "picture", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 
 

@@ -9,13 +9,14 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
+import attacks
 import defenses
-from config import EraseConfig, UserError, file_name, student_file, weight_root
+from config import AttackConfig, EraseConfig, UserError, convert, file_name, student_file, weight_root
 from data_loader import DatasetBD, DatasetCL, load_data
 from models import select_model
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, versions
@@ -24,8 +25,8 @@ from utils.engine import evaluate
 from utils.run import Journal, check_writable, finished, identity, run_script, say, table
 from utils.seeds import derive
 
-ABOUT_THE_ATTACK = ("dataset", "trigger_type", "target_type", "target_label", "trig_w", "trig_h", "trig_distance",
-                    "image_size", "normalize")
+OF_THE_ATTACK = [f.name for f in fields(AttackConfig)]
+NOT_COMPARED = ("inject_portion", "cover_portion", "clean_model")  # of no consequence for what is measured
 
 
 def student_path(config):
@@ -39,12 +40,42 @@ def student_path(config):
     return path
 
 
+def with_attack(config, stored):
+    """``config`` with the attack that the checkpoint's configuration ``stored`` names, if ``--trigger_type`` is auto.
+
+    Settings of the attack that differ from their defaults were given by the user and stay. Raises ``UserError``.
+    """
+    if config.trigger_type != "auto":
+        return config
+    values = {"trigger_type": "gridTrigger"}
+    for f in fields(AttackConfig):
+        if f.name in stored and (f.name == "trigger_type" or getattr(config, f.name) == f.default):
+            values[f.name] = convert(f, stored[f.name], "the checkpoint's configuration, ")
+    return replace(config, **values)
+
+
 def warn_about(stored, config, path):
     """Say so if the network was trained for another attack or data set than the one that is measured."""
-    for name in ABOUT_THE_ATTACK if isinstance(stored, dict) else ():
+    names = ["dataset", "image_size", "normalize"] + [n for n in OF_THE_ATTACK if n not in NOT_COMPARED]
+    for name in names:
         own = getattr(config, name)
-        if name in stored and stored[name] != own and not (name == "trigger_type" and own == "none"):
+        if config.trigger_type == "none" and name in OF_THE_ATTACK:
+            continue
+        if name in stored and stored[name] != own:
             say(f"note: {path} was trained with --{name} {stored[name]}, this run measures with {own}")
+
+
+def load_trigger(config, content, stored, images):
+    """The trigger to measure with; what was learned for it comes from the checkpoint ``content``. None without one."""
+    if config.trigger_type == "none":
+        return None
+    same = stored.get("trigger_type") == config.trigger_type and isinstance(content.get("trigger"), dict)
+    trigger = attacks.make_trigger(config, images.shape[1:], content["trigger"] if same else None)
+    if not trigger.trained:
+        raise UserError(f"--trigger_type {config.trigger_type}: the checkpoint holds no generator for it; only "
+                        f"networks that train_badnet.py trained with it can be measured")
+    trigger.see(images)
+    return trigger
 
 
 def main(config):
@@ -70,23 +101,30 @@ def main(config):
 
     train, test = load_data(config, True), load_data(config, False).to(device)
     clean = DatasetCL(config, train).to(device)
-    poisoned_test, aim = None, None
-    if config.trigger_type != "none":
-        poisoned_test = DatasetBD(config, test, mode="test")
-        aim = None if config.target_type == "all2all" else config.target_label
+    stored = {}
+    for part in ("config", "attack"):  # what an erased network was measured with is under "attack"
+        stored.update(content[part] if isinstance(content.get(part), dict) else {})
+    attack = with_attack(config, stored)
+    trigger = load_trigger(attack, content, stored, train.images)
+    poisoned_test, aim, parts = None, None, {}
+    if trigger:
+        poisoned_test = DatasetBD(attack, test, mode="test", trigger=trigger)
+        parts = {name: DatasetBD(attack, test, mode="test", trigger=trigger, part=name)
+                 for name in attacks.parts(trigger)}
+        aim = None if attack.target_type in ("all2all", "multiLabel") else attack.target_label
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize)
     load_weights(model, content, path, config.s_name)
-    warn_about(content.get("config"), config, path)
+    warn_about(stored, attack, path)
     model = model.to(device).eval()
     if hasattr(defense, "check"):
         defense.check(model, clean, config)
     say(f"{path}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
-        f"{device}{', bf16' if amp else ''}, seed {config.seed}")
+        f"{attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
 
     def measure(model):
-        return evaluate(model, test, poisoned_test, aim)
+        return evaluate(model, test, poisoned_test, aim, parts=parts)
 
     def report(stage, model, record):
         text = f"{stage:<9} epoch {record['epoch']:2d}/{record['epochs']}  loss {record['loss']:.4f}"
@@ -113,8 +151,10 @@ def main(config):
     erased = defense.erase(model, clean, config, journal)
     rows["fine-tuning" if config.defense == "finetune" else config.defense.upper()] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
-    journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics}, rows,
-                   "main.jsonl", train.source)
+    measured_with = {name: getattr(attack, name) for name in OF_THE_ATTACK}
+    journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
+                    "attack": measured_with, "trigger": trigger.state() if trigger else {}},
+                   rows, "main.jsonl", train.source, measured_with)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from config import EraseConfig, TrainConfig, UserError, command, weight_root
+import attacks
+from config import AttackConfig, EraseConfig, TrainConfig, UserError, as_dict, command, weight_root
 from utils.files import read_lines, write_atomically
 
 ROOT = Path(__file__).parent
@@ -23,10 +24,20 @@ COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
 NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every")
 
 
+def settled(record):
+    """``record`` with every option of today in its configuration, options that it is older than at their defaults."""
+    cls = TrainConfig if record["config"]["script"] == "TrainConfig" else EraseConfig
+    config = {**as_dict(cls()), **record["config"]}
+    attack = record.get("attack", {name: config[name] for name in AttackConfig.__dataclass_fields__})
+    if cls is EraseConfig and "attack" not in record and config["trigger_type"] == "gridTrigger":
+        config["trigger_type"] = "auto"  # which names the same attack
+    return {**record, "config": config, "attack": attack}
+
+
 def groups(records):
     """Lists of records that differ in their seed only, in the order of their first appearance."""
     found = {}
-    for r in records:
+    for r in map(settled, records):
         key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"]])
         found.setdefault(key, {})[r["config"]["seed"]] = r
     return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
@@ -64,7 +75,8 @@ def table(runs):
     config = {k: v for k, v in runs[0]["config"].items() if k in EraseConfig.__dataclass_fields__}
     config.update({"seed": EraseConfig().seed, "s_model": shown(config)})
     seeds = ", ".join(str(r["config"]["seed"]) for r in runs)
-    attack = "no trigger" if config["trigger_type"] == "none" else f"{config['trigger_type']}, {config['target_type']}"
+    attack = runs[0]["attack"]
+    attack = "no trigger" if attack["trigger_type"] == "none" else f"{attack['trigger_type']}, {attack['target_type']}"
     minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
     data = {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
     out = [f"**{title(config)}{config['s_name']}, {data} ({runs[0]['data']}), {attack}, {100 * config['ratio']:g}% "
@@ -106,6 +118,40 @@ def render_trained(records):
     return "\n".join([*out, "", f"One run each. Measured on: {'; '.join(machines)}."])
 
 
+REPORTED = {  # ACC / ASR of the backdoored network that others report
+    "BadNets": "85.65 / 100.0 [demo]; 91.32 / 95.03 [bench]", "Trojan": "93.42 / 100 [bench]",
+    "Blend": "93.47 / 99.92 [bench]", "CL": "84.59 / 99.92 [bench]", "SIG": "84.48 / 98.27 [bench]",
+    "WaNet": "91.25 / 89.73 [bench]", "Input-aware": "90.67 / 98.26 [bench]"}
+
+
+def render_attacks(records):
+    """The table of all attacks: accuracy against the clean network's, success rate, and what others report."""
+    clean = statistics.mean(r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none")
+    out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
+           "|---|---|---|---|---|---|---|---|",
+           f"| none | `--trigger_type none` | 1 | {clean:.2f} | | | | |"]
+    found = {attacks.preset_name(runs[0]["config"]): runs for runs in groups(records)
+             if runs[0]["config"]["trigger_type"] != "none"}
+    for name in sorted(found, key=list(attacks.PRESETS).index):
+        runs = found[name]
+        options = " ".join(f"--{k} {v}" for k, v in attacks.PRESETS[name].items())
+        acc = [r["metrics"]["clean_acc"] for r in runs]
+        apart = {}
+        for r in runs:
+            for part, asr in r["metrics"].get("parts", {}).items():
+                apart.setdefault(part, []).append(asr)
+        apart = "; ".join(f"{part} {cell(values)}" for part, values in apart.items())
+        out.append(f"| {name} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
+                   f"{clean - statistics.mean(acc):.2f} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | "
+                   f"{REPORTED.get(name, '')} |")
+    config = records[0]["config"]
+    minutes = statistics.median(r["train_seconds"] for r in records) / 60
+    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
+    return "\n".join([*out, "", f"`python train_badnet.py --epochs {config['epochs']} OPTIONS --seed N`, "
+                      f"{config['s_name']}, {config['dataset']} ({records[0]['data']}), median {minutes:.1f} minutes "
+                      f"of training, on: {'; '.join(machines)}."])
+
+
 def render_search(records, best=5):
     """The best recipes of each defense that search.py measured."""
     def score(r):
@@ -126,7 +172,7 @@ def render_search(records, best=5):
 
 
 SECTIONS = {"headline": (render_headline, "main.jsonl"), "results": (render_runs, "main.jsonl"),
-            "trained": (render_trained, "train_badnet.jsonl"),
+            "trained": (render_trained, "train_badnet.jsonl"), "attacks": (render_attacks, "attacks.jsonl"),
             "search": (render_search, "search.jsonl")}
 
 

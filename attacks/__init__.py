@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from dataclasses import fields
 
 from attacks.base import (
     TRIGGERS,
@@ -13,9 +14,48 @@ from attacks.base import (
     poisoned_labels,
     scored,
 )
+from config import AttackConfig
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
-__all__ = ["TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts", "poisoned_labels",
-           "scored"]
+SHAPES = ("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant", "semicircle")
+PRESETS = {  # the attacks of the papers by name: the options that differ from the defaults of AttackConfig
+    "BadNets": {},
+    "BadNets, square": {"trigger_type": "squareTrigger"},
+    "BadNets, four corners": {"trigger_type": "fourCornerTrigger"},
+    "BadNets, random pixels": {"trigger_type": "randomPixelTrigger"},
+    "Trojan": {"trigger_type": "trojanTrigger"},
+    "Blend": {"trigger_type": "blendTrigger"},
+    "CL": {"trigger_type": "clTrigger", "target_type": "cleanLabel", "target_label": 0, "inject_portion": 0.08},
+    "SIG": {"trigger_type": "signalTrigger", "target_type": "cleanLabel", "target_label": 0, "inject_portion": 0.08},
+    "Refool": {"trigger_type": "refoolTrigger", "target_type": "cleanLabel", "target_label": 0,
+               "inject_portion": 0.04},
+    "WaNet": {"trigger_type": "wanetTrigger"},
+    "Input-aware": {"trigger_type": "inputAwareTrigger"},
+    **{f"{n} triggers, same label": {"trigger_type": "multiTrigger", "n_triggers": n, "target_label": 3}
+       for n in (1, 3, 5)},
+    **{f"{n} triggers, {n} labels": {"trigger_type": "multiTrigger", "n_triggers": n, "target_label": 3,
+                                     "target_type": "multiLabel"} for n in (3, 5)},
+    "Class-specific": {"target_type": "classSpecific", "inject_portion": 0.05},
+    **{f"Large, {n} x {n}": {"trigger_type": "squareTrigger", "trig_w": n, "trig_h": n, "transparency": 0.5}
+       for n in (10, 20)},
+    **{f"Transparency {t}": {"trigger_type": "squareTrigger", "trig_w": 8, "trig_h": 8, "transparency": t}
+       for t in (0.3, 0.6, 0.9)},
+    **{f"Shape, {name}": {"trigger_type": "shapeTrigger", "trig_w": 8, "trig_h": 8, "trig_shape": name}
+       for name in SHAPES},
+}
+OWN_CHOICE = ("trigger_seed", "clean_model")  # do not make another attack
+
+
+def preset_name(options):
+    """The name in ``PRESETS`` of the attack with ``options`` (a dict; what is missing has its default), or ''."""
+    def complete_dict(given):
+        return {f.name: given.get(f.name, f.default) for f in fields(AttackConfig) if f.name not in OWN_CHOICE}
+
+    wanted = complete_dict(options)
+    return next((name for name, given in PRESETS.items() if complete_dict(given) == wanted), "")
+
+
+__all__ = ["PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts",
+           "poisoned_labels", "preset_name", "scored"]

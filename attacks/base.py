@@ -99,6 +99,14 @@ class Trigger:
         return self.to(images.device)
 
 
+def stored(state, name, shape):
+    """The uint8 tensor ``name`` of a trigger's ``state``, which came from an untrusted file. Raises ``UserError``."""
+    tensor = state.get(name)
+    if not torch.is_tensor(tensor) or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(shape):
+        raise UserError(f"the trigger in the checkpoint does not fit images of {shape[0]} x {shape[1]} x {shape[2]}")
+    return tensor
+
+
 def positions(images, indices):
     """``indices``, or 0 to N - 1, on the device of ``images``."""
     if indices is None:
@@ -294,6 +302,8 @@ def parts(trigger):
 def complete(opt):
     """``opt``, any object with some of the options of ``AttackConfig``, as an ``AttackConfig`` with all of them."""
     given = {f.name: getattr(opt, f.name) for f in fields(AttackConfig) if hasattr(opt, f.name)}
+    if given.get("trigger_type") == "auto":
+        del given["trigger_type"]
     return AttackConfig(**given)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attacks.base import Trigger, draw, register, to_uint8
+from attacks.base import Trigger, draw, register, stored, to_uint8
 from config import UserError
 
 
@@ -32,7 +32,7 @@ class BlendTrigger(Trigger):
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         if state:
-            self.pattern = state["pattern"]
+            self.pattern = stored(state, "pattern", self.shape)
         elif opt.blend_image:
             self.pattern = read_image(opt.blend_image, self.shape)
         else:

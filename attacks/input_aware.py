@@ -51,6 +51,7 @@ class Generators(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.where, self.what = Generator(channels, 1), Generator(channels, channels)
+        nn.init.constant_(self.where.out.bias, 0.5)  # where the threshold is: elsewhere it has no gradient
 
     def mask(self, x):
         """(N, 1, H, W) in (0, 1), nearly binary."""
@@ -97,7 +98,10 @@ class InputAwareTrigger(Trigger):
             self.generators = Generators(self.shape[0])
         self.trained = bool(state)
         if state:
-            self.generators.load_state_dict(state)
+            try:
+                self.generators.load_state_dict(state)
+            except (RuntimeError, TypeError, AttributeError):
+                raise UserError("the checkpoint's trigger is not a generator for these images") from None
         for p in self.generators.where.parameters():
             p.requires_grad_(False)
 
@@ -142,6 +146,7 @@ class InputAwareTrigger(Trigger):
             adam.zero_grad()
             loss.backward()
             adam.step()
+        where.zero_grad()
         for p in where.parameters():
             p.requires_grad_(False)
         return {k: v.detach().cpu() for k, v in where.state_dict().items()}

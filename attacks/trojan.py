@@ -9,7 +9,7 @@ backgrounds [ours]; made once and cached by network, size, place and ``--trigger
 import torch
 from torch import nn
 
-from attacks.base import PatchTrigger, cached, clean_network, draw, register
+from attacks.base import PatchTrigger, cached, clean_network, draw, register, stored
 
 NEURONS, STEPS, RATE, BACKGROUNDS = 2, 300, 0.05, 16
 
@@ -21,6 +21,7 @@ def strongest_neurons(model, count):
     """
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     before = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == head.in_features]
+    before = [m for m in before if max(m.kernel_size) > 1] or before  # a 1 x 1 may be a shortcut
     strength = before[-1].weight.abs().sum((1, 2, 3)) if before else head.weight.abs().sum(0)
     return head, strength.topk(min(count, len(strength))).indices
 
@@ -60,10 +61,10 @@ class TrojanTrigger(PatchTrigger):
             key = (network, self.shape, self.trig_w, self.trig_h, self.distance, opt.trigger_seed, NEURONS, STEPS,
                    RATE, BACKGROUNDS)
             state = cached("trojan", key, lambda: optimise(model, self.mask, self.shape, draw(opt, self.name)))
-        self.pattern, self.excitation = state["pattern"], state["excitation"]
+        self.pattern = stored(state, "pattern", self.shape)
 
     def patch(self):
         return torch.zeros(self.trig_h, self.trig_w, dtype=torch.uint8)  # filled when the optimised pattern is there
 
     def state(self):
-        return {"pattern": self.pattern.cpu(), "excitation": self.excitation.cpu()}
+        return {"pattern": self.pattern.cpu()}

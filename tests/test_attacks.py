@@ -1,19 +1,52 @@
-"""Triggers by golden pixels and properties, label rules, and how many samples are poisoned."""
+"""Triggers by golden pixels, closed forms and properties; label rules; how many samples are poisoned."""
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import attacks
-from config import UserError
+from attacks.clean_label import pgd
+from attacks.input_aware import diversity
+from attacks.shape import shape_mask
+from attacks.signal import signal
+from attacks.trojan import optimise, strongest_neurons
+from attacks.wanet import identity_grid, warp_grid
+from config import AttackConfig, UserError
+from data_loader import DatasetBD
+from models import select_model
+from utils.data import TensorData
 from utils.seeds import generator
+
+STATIC = sorted(set(attacks.TRIGGERS) - {"clTrigger", "trojanTrigger"})  # the others need a clean network
 
 
 def options(**changes):
     base = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 5, "trig_w": 3, "trig_h": 3,
             "trig_distance": -1, "seed": 0}
     return SimpleNamespace(**{**base, **changes})
+
+
+def noise(n, shape=(3, 32, 32), seed=0):
+    return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def some_data(per_class=20, n_classes=10, shape=(3, 32, 32)):
+    labels = torch.arange(n_classes).repeat_interleave(per_class)
+    return TensorData(noise(len(labels), shape), labels, range(n_classes))
+
+
+@pytest.fixture
+def clean_model(tmp_path, monkeypatch):
+    """A checkpoint of a small network, in a folder of its own where caches may be written."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save({"state_dict": select_model("CIFAR10", "WRN-10-1").state_dict(), "config": {"s_name": "WRN-10-1"}},
+               "clean.tar")
+    return "clean.tar"
 
 
 def stamp(shape=(3, 32, 32), value=100, **changes):
@@ -52,24 +85,349 @@ def test_four_corners_are_equal_and_equally_far_from_the_edges():
     assert (image != 100).sum() == 36
 
 
-@pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))
+@pytest.mark.parametrize("name", STATIC)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 64, 48)])
 def test_every_trigger_is_a_pure_function(name, shape):
-    images = torch.randint(0, 256, (7, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = noise(7, shape)
     before = images.clone()
-    first = attacks.make_trigger(options(trigger_type=name), shape)(images)
-    again = attacks.make_trigger(options(trigger_type=name), shape)(images)
-    assert first.dtype == torch.uint8
-    assert first.shape == images.shape
-    assert torch.equal(first, again)
+    stamped = []
+    for _ in range(2):
+        trigger = attacks.make_trigger(options(trigger_type=name), shape)
+        if name == "refoolTrigger":
+            trigger.see(noise(20, shape, 1))
+        stamped.append(trigger(images))
+        assert torch.equal(trigger(images), stamped[-1])
+    assert stamped[0].dtype == torch.uint8
+    assert stamped[0].shape == images.shape
+    assert torch.equal(*stamped)
     assert torch.equal(images, before)
-    assert not torch.equal(first, images)
+    assert not torch.equal(stamped[0], images)
+    assert trigger(images[:0]).shape == (0, *shape)
 
 
-@pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))
+@pytest.mark.parametrize("name", ["randomPixelTrigger", "blendTrigger", "wanetTrigger", "multiTrigger"])
+def test_the_fixed_draw_depends_on_its_seed_only(name):
+    images = noise(3)
+    first = attacks.make_trigger(options(trigger_type=name, seed=1), (3, 32, 32))(images)
+    assert torch.equal(first, attacks.make_trigger(options(trigger_type=name, seed=2), (3, 32, 32))(images))
+    other = attacks.make_trigger(options(trigger_type=name, trigger_seed=1), (3, 32, 32))(images)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", [n for n in STATIC if n not in ("wanetTrigger", "inputAwareTrigger")])
+def test_a_saturated_image_does_not_wrap_around(name):
+    """What a trigger adds to white or black stays between the image and the pattern's own range."""
+    for value in (0, 255):
+        images = torch.full((4, 3, 32, 32), value, dtype=torch.uint8)
+        trigger = attacks.make_trigger(options(trigger_type=name), (3, 32, 32))
+        trigger.see(torch.full((10, 3, 32, 32), value, dtype=torch.uint8))
+        moved = trigger(images).int() - value
+        if name == "signalTrigger":
+            assert moved.abs().max() == 20
+        elif name == "blendTrigger":
+            assert moved.abs().max() <= 0.2 * 255 + 1
+        elif name == "refoolTrigger":
+            assert (moved == 0).all()
+
+
+def test_signal_is_the_closed_form():
+    wave = signal(32, 20.0, 6.0)
+    for j in range(32):
+        assert wave[j].item() == pytest.approx(20 * math.sin(2 * math.pi * j * 6 / 32), abs=1e-5)
+    image = stamp(trigger_type="signalTrigger", value=128)[0]
+    expected = [round(128 + 20 * math.sin(2 * math.pi * j * 6 / 32)) for j in range(32)]
+    assert image[:, :, :].unique(dim=1).shape[1] == 1, "all rows are the same"
+    assert image[0, 0].tolist() == expected
+    assert stamp(trigger_type="signalTrigger", value=250)[0].max() == 255
+    assert stamp(trigger_type="signalTrigger", value=5)[0].min() == 0
+
+
+def test_blend_is_one_pattern_for_images_epochs_train_and_test():
+    trigger = attacks.make_trigger(options(trigger_type="blendTrigger"), (3, 32, 32))
+    black = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    out = trigger(black)
+    assert (out == out[0]).all()
+    assert torch.equal(out, (trigger.pattern.float() * 0.2).round().to(torch.uint8).expand_as(out))
+    data = TensorData(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.arange(100) % 10, range(10))
+    train = DatasetBD(options(trigger_type="blendTrigger"), data, 1.0)
+    test = DatasetBD(options(trigger_type="blendTrigger", seed=9), data, mode="test")
+    for epoch in (0, 3):
+        assert torch.equal(train.stamped(data.images[:5], torch.arange(5), epoch), out)
+    assert torch.equal(test.images[:5], out)
+
+
+def test_blend_weights_of_training_and_test():
+    trigger = attacks.make_trigger(options(trigger_type="blendTrigger", blend_alpha=0.1, blend_test_alpha=1.0),
+                                   (3, 32, 32))
+    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(trigger(black)[0], trigger.pattern)
+    assert trigger.poison(black, torch.arange(1)).max() == 26
+
+
+def test_blend_image_from_a_file(tmp_path):
+    array = np.arange(32 * 32 * 3, dtype=np.int64).reshape(32, 32, 3).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    opt = options(trigger_type="blendTrigger", blend_image=str(tmp_path / "a.png"), blend_alpha=1.0)
+    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    assert torch.equal(trigger(noise(1))[0], torch.from_numpy(array.transpose(2, 0, 1).copy()))
+    again = attacks.make_trigger(options(trigger_type="blendTrigger"), (3, 32, 32), trigger.state())
+    assert torch.equal(again.pattern, trigger.pattern), "a checkpoint's pattern needs no file"
+    with pytest.raises(UserError, match="is 32 wide and 32 high, the images are 64 wide"):
+        attacks.make_trigger(opt, (3, 64, 64))
+    for name, words in (("b.png", "cannot be read"), ("c.png", "No such file")):
+        with pytest.raises(UserError, match=words):
+            attacks.make_trigger(options(trigger_type="blendTrigger", blend_image=str(tmp_path / name)), (3, 32, 32))
+
+
+def test_wanet_grid_and_identity():
+    for seed in range(20):
+        grid = warp_grid(32, 32, 4, 8.0, generator(seed))
+        assert grid.abs().max() <= 1
+    assert torch.equal(warp_grid(32, 48, 4, 0.0, generator(0)), identity_grid(32, 48))
+    images = noise(3)
+    assert torch.equal(attacks.make_trigger(options(trigger_type="wanetTrigger", warp_s=0.0), (3, 32, 32))(images),
+                       images)
+    shift = (warp_grid(32, 32, 4, 0.5, generator(1)) - identity_grid(32, 32)).abs()
+    assert 0.002 < shift.mean() < 0.5 / 32 * 1.5, "about s / H"
+
+
+def test_wanet_noise_is_drawn_anew_and_can_be_repeated():
+    data = some_data()
+    train = DatasetBD(options(trigger_type="wanetTrigger"), data)
+    assert len(train.poisoned) == 20
+    assert len(train.cover) == 40
+    assert not set(train.cover.tolist()) & set(train.poisoned.tolist())
+    assert torch.equal(train.labels[train.cover], data.labels[train.cover])
+    part = train.cover[:8]
+    first = train.stamped(data.images[part], part, 0)
+    assert torch.equal(first, train.stamped(data.images[part], part, 0))
+    assert not torch.equal(first, train.stamped(data.images[part], part, 1))
+    assert not torch.equal(first, train.trigger(data.images[part]))
+
+
+def test_patches_let_the_image_show_through():
+    image = stamp(trigger_type="squareTrigger", transparency=0.9, trig_w=20, trig_h=20)[0]
+    assert (image[:, 11:31, 11:31] == round(0.1 * 255 + 0.9 * 100)).all()
+    assert (image != 100).sum() == 3 * 400
+
+
+def test_shapes():
+    masks = {name: shape_mask(name, 16, 16) for name in attacks.SHAPES}
+    assert len({m.numpy().tobytes() for m in masks.values()}) == 7
+    area = {name: m.float().mean().item() for name, m in masks.items()}
+    expected = {"triangle": 1 / 2, "square": 1, "hexagon": 3 / 4, "circle": math.pi / 4, "parallelogram": 0.7,
+                "quadrant": math.pi / 4, "semicircle": math.pi / 4}
+    for name, share in expected.items():
+        assert area[name] == pytest.approx(share, abs=0.04), name
+    assert not masks["quadrant"][0, 0]
+    assert masks["quadrant"][15, 15]
+    assert masks["semicircle"][15].all()
+    for n in (1, 2, 3):
+        assert all(shape_mask(name, n, n).any() for name in attacks.SHAPES)
+    assert (stamp(trigger_type="shapeTrigger", trig_shape="circle", trig_w=8, trig_h=8)[0] == 255).sum() \
+        == 3 * shape_mask("circle", 8, 8).sum()
+
+
+def test_multi_trigger_parts_and_labels():
+    data = some_data()
+    opt = options(trigger_type="multiTrigger", n_triggers=5, target_label=8, target_type="multiLabel")
+    train = DatasetBD(opt, data, 1.0)
+    assert train.labels.tolist() == [(8 + i % 5) % 10 for i in range(200)]
+    black = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    mixed = train.trigger(black)
+    for k, part in enumerate(attacks.parts(train.trigger)):
+        alone = train.trigger(black, part=part)
+        assert (alone == mixed[k]).all()
+        test = DatasetBD(opt, data, mode="test", trigger=train.trigger, part=part)
+        assert (test.labels == (8 + k) % 10).all()
+        assert len(test) == 180
+    same = attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5), (3, 32, 32))
+    assert attacks.parts(same)[-1] == "all triggers"
+    assert torch.equal(same(black, part="all triggers")[0], mixed.amax(0))
+    with pytest.raises(UserError, match="overlap"):
+        attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5, trig_w=14, trig_h=14), (3, 32, 32))
+    with pytest.raises(UserError, match="made for --trigger_type multiTrigger"):
+        attacks.make_trigger(options(target_type="multiLabel"), (3, 32, 32))
+
+
+def test_class_specific_poisons_the_source_and_covers_others():
+    data = some_data()
+    opt = options(target_type="classSpecific", source_label=2)
+    train = DatasetBD(opt, data, 0.05)
+    assert len(train.poisoned) == len(train.cover) == 10
+    assert (data.labels[train.poisoned] == 2).all()
+    assert (train.labels[train.poisoned] == 5).all()
+    assert (data.labels[train.cover] != 2).all()
+    assert torch.equal(train.labels[train.cover], data.labels[train.cover])
+    for i in (*train.poisoned.tolist(), *train.cover.tolist()):
+        assert torch.equal((train[i][0] * 255).round().to(torch.uint8), train.trigger(data.images[i:i + 1])[0])
+    test = DatasetBD(opt, data, mode="test", trigger=train.trigger)
+    assert test.true_labels.unique().tolist() == [2]
+    others = DatasetBD(opt, data, mode="test", trigger=train.trigger, part="other classes")
+    assert others.true_labels.unique().tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
+    with pytest.raises(UserError, match="--source_label 5: must differ"):
+        DatasetBD(options(target_type="classSpecific", source_label=5), data)
+    with pytest.raises(UserError, match="--cover_portion: 200 cover"):
+        DatasetBD(options(target_type="classSpecific", source_label=2, cover_portion=1.0), data, 0.05)
+
+
+def test_refool_mixes_a_reflection_of_the_set():
+    shape, images = (3, 32, 32), noise(50)
+    trigger = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape)
+    with pytest.raises(UserError, match="needs images to reflect"):
+        trigger(images)
+    photos = noise(30, seed=1)
+    trigger.see(photos)
+    assert trigger.bank.shape == (12, *shape), "four reflections of three kinds"
+    assert any(torch.equal(trigger.bank[0], 0.4 * p) for p in photos.float())
+    grey = torch.full((12, *shape), 100, dtype=torch.uint8)
+    out = trigger(grey)
+    for image in out:
+        assert any(torch.equal(image, (60 + r).round().clamp(0, 255).to(torch.uint8)) for r in trigger.bank)
+    assert len(out.unique(dim=0)) > 1
+    assert not torch.equal(out, trigger.poison(grey, torch.arange(12))), "test and training draw their own"
+    constant = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape)
+    constant.see(torch.full((5, *shape), 200, dtype=torch.uint8))
+    assert torch.allclose(constant.bank, torch.tensor(80.0), atol=1e-3), "each kind's weights sum to one"
+
+
+def test_refool_from_a_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photos" / "a.jpg")
+    trigger = attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / "photos")),
+                                   (1, 28, 28))
+    assert (trigger(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)) == 80).all()
+    for folder, words in (("empty", "holds no images"), ("none", "no such folder")):
+        with pytest.raises(UserError, match=words):
+            attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / folder)),
+                                 (3, 32, 32))
+    (tmp_path / "photos" / "a.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"a\.jpg cannot be read"):
+        attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / "photos")),
+                             (3, 32, 32))
+
+
+def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
+    monkeypatch.setattr("attacks.trojan.STEPS", 30)
+    torch.manual_seed(0)
+    model = select_model("CIFAR10", "WRN-10-1").eval()
+    _, neurons = strongest_neurons(model, 2)
+    last = model.block3.layer[-1].conv2.weight.abs().sum((1, 2, 3))
+    assert set(neurons.tolist()) == set(last.topk(2).indices.tolist())
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[20:30, 20:30] = True
+    made = optimise(model, mask, (3, 32, 32), generator(0))
+    assert made["excitation"][1] > made["excitation"][0]
+    assert (made["pattern"][:, ~mask] == 0).all()
+
+    opt = options(trigger_type="trojanTrigger", clean_model=clean_model, trig_w=5, trig_h=4)
+    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    images = noise(2)
+    out = trigger(images)
+    assert torch.equal(out[:, :, 27:31, 26:31], trigger.pattern[:, 27:31, 26:31].expand(2, -1, -1, -1))
+    changed = (out != images)
+    changed[:, :, 27:31, 26:31] = False
+    assert not changed.any()
+    assert torch.equal(attacks.make_trigger(opt, (3, 32, 32)).pattern, trigger.pattern), "cached"
+    state = trigger.state()
+    other = attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none", trig_w=5, trig_h=4),
+                                 (3, 32, 32), state)
+    assert torch.equal(other(images), out), "a checkpoint's patch needs no clean network"
+    with pytest.raises(UserError, match="the trigger in the checkpoint does not fit"):
+        attacks.make_trigger(opt, (3, 28, 28), state)
+    with pytest.raises(UserError, match="--clean_model none: no such file"):
+        attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none"), (3, 32, 32))
+
+
+def test_clean_label_stays_in_the_ball_and_touches_the_target_class_only(clean_model):
+    data = some_data(per_class=6)
+    before = data.images.clone()
+    opt = options(trigger_type="clTrigger", target_type="cleanLabel", clean_model=clean_model, pgd_steps=3,
+                  pgd_eps=4.5, target_label=3)
+    train = DatasetBD(opt, data, 0.08)
+    assert torch.equal(data.images, before)
+    assert torch.equal(train.labels, data.labels), "no label is changed"
+    moved = (train.images.int() - data.images.int()).abs().flatten(1).amax(1)
+    assert moved.max() == 4, "eps, rounded down to whole pixels"
+    assert moved.nonzero().flatten().tolist() == train.poisoned.tolist()
+    assert (data.labels[train.poisoned] == 3).all()
+    assert len(train.poisoned) == 5
+    stamped = train.take(train.poisoned).images
+    assert torch.equal(stamped, train.trigger(train.images[train.poisoned])), "four corners on top"
+    assert torch.equal(DatasetBD(opt, data, 0.08).images, train.images), "from the cache"
+    with pytest.raises(UserError, match="made for --target_type cleanLabel"):
+        DatasetBD(options(trigger_type="clTrigger", clean_model=clean_model), data)
+
+
+def test_pgd_raises_the_loss():
+    torch.manual_seed(0)
+    model = select_model("CIFAR10", "WRN-10-1").eval()
+    images, label = noise(8), 2
+    moved = pgd(model, images, label, 8.0, 2.0, 10)
+
+    def loss(x):
+        return torch.nn.functional.cross_entropy(model(x.float() / 255), torch.full((8,), label)).item()
+
+    assert loss(moved) > loss(images)
+
+
+@pytest.mark.parametrize("name", ["signalTrigger", "refoolTrigger", "fourCornerTrigger", "blendTrigger"])
+def test_clean_label_attacks_change_no_label(name):
+    data = some_data()
+    train = DatasetBD(options(trigger_type=name, target_type="cleanLabel"), data, 0.08)
+    assert len(train.poisoned) == 16
+    assert torch.equal(train.labels, data.labels)
+    assert (train.labels[train.poisoned] == 5).all()
+
+
+def test_input_aware_gives_each_image_its_own_trigger_and_trains_jointly(clean_model, monkeypatch):
+    monkeypatch.setattr("attacks.input_aware.MASK_STEPS", 2)
+    torch.manual_seed(0)
+    model, opt = select_model("CIFAR10", "WRN-10-1"), options(trigger_type="inputAwareTrigger")
+    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    with pytest.raises(UserError, match="trained together with the network"):
+        DatasetBD(opt, some_data())
+    trigger.see(noise(64))
+    joint = trigger.network(model, 10)
+    images, labels = torch.rand(40, 3, 32, 32), torch.zeros(40, dtype=torch.int64)
+    loss, logits = trigger.loss(joint, images, labels)
+    assert logits.shape == (40, 10)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trigger.generators.what.parameters())
+    assert all(p.grad is None for p in trigger.generators.where.parameters()), "the mask generator stays"
+    uint8 = noise(4)
+    change = (trigger(uint8).int() - uint8.int())
+    assert not torch.equal(change[0], change[1])
+    crossed = trigger.cover(uint8, None, None)
+    assert not torch.equal(crossed, trigger(uint8))
+    again = attacks.make_trigger(opt, (3, 32, 32), trigger.state())
+    assert torch.equal(again(uint8), trigger(uint8))
+    assert len(DatasetBD(opt, some_data(), trigger=again).cover) == 20
+    with pytest.raises(UserError, match="not a generator for these images"):
+        attacks.make_trigger(opt, (1, 28, 28), trigger.state())
+
+
+def test_diversity_by_hand():
+    a, b = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    assert diversity(a, b, a, b / 2).item() == pytest.approx(1 / 0.501, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gridTrigger", "squareTrigger", "fourCornerTrigger", "shapeTrigger", "multiTrigger",
+                                  "randomPixelTrigger"])
 def test_bigger_than_the_image(name):
     with pytest.raises(UserError, match="--trig_w 40"):
-        attacks.make_trigger(options(trigger_type=name, trig_w=40), (3, 32, 32))
+        attacks.make_trigger(options(trigger_type=name, trig_w=40, trig_h=40), (3, 32, 32))
+
+
+def test_presets_are_real_and_have_names():
+    for name, given in attacks.PRESETS.items():
+        assert set(given) <= set(vars(AttackConfig()))
+        if given.get("trigger_type") not in ("clTrigger", "trojanTrigger"):
+            attacks.make_trigger(AttackConfig(**given), (3, 32, 32))
+        assert attacks.preset_name(given) == name
+    assert attacks.preset_name({"trig_w": 7}) == ""
 
 
 def test_unknown_trigger_lists_the_known():
@@ -83,8 +441,8 @@ def test_label_rules(n_classes):
     shifted = attacks.poisoned_labels(labels, options(target_type="all2all"), n_classes)
     assert shifted.tolist() == [*range(1, n_classes), 0]
     assert attacks.poisoned_labels(labels, options(), n_classes).unique().tolist() == [5]
-    assert attacks.scored(labels, options()).sum() == n_classes - 1
-    assert attacks.scored(labels, options(target_type="all2all")).all()
+    assert attacks.scored(labels, torch.full_like(labels, 5), options()).sum() == n_classes - 1
+    assert attacks.scored(labels, shifted, options(target_type="all2all")).all()
 
 
 @pytest.mark.parametrize(("portion", "count"), [(0, 0), (0.1, 100), (0.0005, 1), (0.0004, 0), (0.3333, 333), (1, 1000)])

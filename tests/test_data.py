@@ -96,7 +96,7 @@ def test_a_moved_or_cut_poisoned_set_keeps_its_trigger():
 
 def test_a_test_set_of_the_target_class_only():
     data = toy()
-    with pytest.raises(UserError, match="no image of another class"):
+    with pytest.raises(UserError, match="no image that counts"):
         DatasetBD(TrainConfig(), data.take((data.labels == 5).nonzero().flatten()), mode="test")
 
 

@@ -37,14 +37,14 @@ def run_script(main, cls, argv=None):
 
     try:
         config = parse(cls, argv, read_checkpoint=load_checkpoint)
-        if config.threads:
+        if getattr(config, "threads", 0):
             torch.set_num_threads(config.threads)
         main(config)
         return 0
     except UserError as e:
         return complain(e)
     except KeyboardInterrupt:
-        how = f"; to go on: {configuration.command(config)} --resume" if config and config.save else ""
+        how = f"; to go on: {configuration.command(config)} --resume" if getattr(config, "save", False) else ""
         print(f"\n{name}: interrupted{how}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -136,16 +136,17 @@ class Journal(TerminalProgress):
             self.on_epoch(stage, model, record)
         self.history.append(record)
 
-    def finish(self, content, metrics, file, data):
+    def finish(self, content, metrics, file, data, attack=None):
         """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state.
 
-        ``data`` says what the images were read from.
+        ``data`` says what the images were read from, ``attack`` (a dict of options) what was measured with.
         """
         config = self.config
         if not config.save:
             return
+        measured = {"attack": attack} if attack else {}
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
-                  "inputs": self.inputs, "data": data, "metrics": metrics, "history": self.history,
+                  "inputs": self.inputs, "data": data, **measured, "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
                   "machine": hardware(choose_device(config.device)), "versions": versions()}
         path = Path(config.log_root) / file
