@@ -126,22 +126,27 @@ REPORTED = {  # ACC / ASR of the backdoored network that others report
 
 def render_attacks(records):
     """The table of all attacks: accuracy against the clean network's, success rate, and what others report."""
-    clean = statistics.mean(r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none")
+    clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
+    if not clean:
+        return "No clean network (`--trigger_type none`) to compare with is among the results."
+    clean = statistics.mean(clean)
     out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
            "|---|---|---|---|---|---|---|---|",
            f"| none | `--trigger_type none` | 1 | {clean:.2f} | | | | |"]
-    found = {attacks.preset_name(runs[0]["config"]): runs for runs in groups(records)
-             if runs[0]["config"]["trigger_type"] != "none"}
-    for name in sorted(found, key=list(attacks.PRESETS).index):
-        runs = found[name]
-        options = " ".join(f"--{k} {v}" for k, v in attacks.PRESETS[name].items())
+    order = [*attacks.PRESETS, ""]
+    found = [(attacks.preset_name(runs[0]["config"]), runs) for runs in groups(records)
+             if runs[0]["config"]["trigger_type"] != "none"]
+    for name, runs in sorted(found, key=lambda pair: order.index(pair[0])):
+        changed = {k: runs[0]["config"][k] for k, f in AttackConfig.__dataclass_fields__.items()
+                   if runs[0]["config"][k] != f.default}
+        options = " ".join(f"--{k} {v}" for k, v in changed.items())
         acc = [r["metrics"]["clean_acc"] for r in runs]
         apart = {}
         for r in runs:
             for part, asr in r["metrics"].get("parts", {}).items():
                 apart.setdefault(part, []).append(asr)
         apart = "; ".join(f"{part} {cell(values)}" for part, values in apart.items())
-        out.append(f"| {name} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
+        out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
                    f"{clean - statistics.mean(acc):.2f} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | "
                    f"{REPORTED.get(name, '')} |")
     config = records[0]["config"]

@@ -54,7 +54,9 @@ def main(config):
             about = f"{config.inject_portion:.0%} of each batch poisoned"
         poisoned_test = triggered_test()
         aim = None if config.target_type in ("all2all", "multiLabel") else config.target_label
-        about += f" ({config.trigger_type}, {config.target_type}; ready in {time.perf_counter() - start:.1f} s)"
+        about += f" ({config.trigger_type}, {config.target_type})"
+        if time.perf_counter() - start > 1:
+            say(f"the attack was prepared in {time.perf_counter() - start:.1f} s")
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize).to(device)

@@ -119,6 +119,14 @@ def to_uint8(x):
     return x.round().clamp_(0, 255).to(torch.uint8)
 
 
+def in_pieces(stamp, images, *more):
+    """``stamp(images, *more)``, on a CPU in pieces that stay in its cache (four times as fast); all (N, ...)."""
+    size = max(1, 1_500_000 // images[:1].numel()) if images.device.type == "cpu" and len(images) else len(images)
+    if len(images) <= size:
+        return stamp(images, *more)
+    return torch.cat([stamp(*piece) for piece in zip(*(x.split(size) for x in (images, *more)), strict=True)])
+
+
 class PatchTrigger(Trigger):
     """Fixed pixels: where ``mask`` (H, W) is true, ``pattern`` (H, W) or (C, H, W), 0..255, takes the image's place.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attacks.base import Trigger, draw, register, stored, to_uint8
+from attacks.base import Trigger, draw, in_pieces, register, stored, to_uint8
 from config import UserError
 
 
@@ -40,7 +40,7 @@ class BlendTrigger(Trigger):
 
     def blend(self, images, alpha):
         self.ready(images)
-        return to_uint8(images.float().mul_(1 - alpha).add_(self.pattern, alpha=alpha))
+        return in_pieces(lambda x: to_uint8(x.float().mul_(1 - alpha).add_(self.pattern, alpha=alpha)), images)
 
     def __call__(self, images, indices=None, part=None):
         return self.blend(images, self.opt.blend_alpha if self.opt.blend_test_alpha < 0 else self.opt.blend_test_alpha)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from attacks.base import Trigger, draw, positions, register, to_uint8
+from attacks.base import Trigger, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
@@ -93,7 +93,8 @@ class RefoolTrigger(Trigger):
                             "trigger.see(training images)")
         self.ready(images)
         k = (positions(images, indices) + salt) * MIX % 2**32 % len(self.bank)
-        return to_uint8(images.float().mul_(1 - self.opt.reflection_weight).add_(self.bank[k]))
+        keep = 1 - self.opt.reflection_weight
+        return in_pieces(lambda x, k: to_uint8(x.float().mul_(keep).add_(self.bank[k])), images, k)
 
     def __call__(self, images, indices=None, part=None):
         return self.mixed(images, indices, 1_000_003)

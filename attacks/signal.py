@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from attacks.base import Trigger, register, to_uint8
+from attacks.base import Trigger, in_pieces, register, to_uint8
 
 
 def signal(width, delta, freq):
@@ -24,4 +24,4 @@ class SignalTrigger(Trigger):
 
     def __call__(self, images, indices=None, part=None):
         self.ready(images)
-        return to_uint8(images.float().add_(self.signal))  # (W,) broadcasts over (N, C, H, W)
+        return in_pieces(lambda x: to_uint8(x.float().add_(self.signal)), images)  # (W,) over (N, C, H, W)

@@ -9,7 +9,7 @@ samples, twice as many as poisoned ones, get the warp plus uniform noise of one 
 import torch
 import torch.nn.functional as F
 
-from attacks.base import Trigger, draw, register, to_uint8
+from attacks.base import Trigger, draw, in_pieces, register, to_uint8
 
 
 def identity_grid(h, w):
@@ -38,7 +38,8 @@ class WaNetTrigger(Trigger):
         """``images`` sampled at ``grid``, (H, W, 2) or (N, H, W, 2)."""
         self.ready(images)
         grid = grid.to(images.device).expand(len(images), -1, -1, -1)
-        return to_uint8(F.grid_sample(images.float(), grid, mode="bilinear", align_corners=True))
+        return in_pieces(lambda x, grid: to_uint8(F.grid_sample(x.float(), grid, mode="bilinear", align_corners=True)),
+                         images, grid)
 
     def __call__(self, images, indices=None, part=None):
         return self.warp(images, self.grid)

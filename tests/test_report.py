@@ -10,7 +10,8 @@ from config import EraseConfig, UserError, as_dict
 def record(seed, asr, **changes):
     config = as_dict(EraseConfig(seed=seed, s_model="weight/s_net/WRN-16-1-S-model_best.pth.tar", **changes))
     metrics = {"clean_acc": 80.0, "clean_acc_non_target": 81.0, "asr": asr, "ra": None}
-    return {"config": config, "inputs": {"s_model": "a", "t_model": ""}, "data": "image files (jpg)",
+    attack = {"trigger_type": "gridTrigger", "target_type": "all2one"}
+    return {"config": config, "attack": attack, "inputs": {"s_model": "a", "t_model": ""}, "data": "image files (jpg)",
             "metrics": {"backdoored": {**metrics, "asr": 100.0}, "NAD": metrics}, "train_seconds": 90,
             "machine": "cpu", "versions": {"torch": "2"}}
 

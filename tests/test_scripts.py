@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, start, until
+from PIL import Image
 
 import main
 import train_badnet
+import visualize
 from config import EraseConfig, TrainConfig
 from utils.run import run_script
 
@@ -120,6 +122,76 @@ def test_another_attack_than_the_network_was_trained_for_is_pointed_out(copied, 
     assert "was trained with --target_label 5, this run measures with 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("attack", [
+    ["--trigger_type", "wanetTrigger", "--trigger_seed", "4"],
+    ["--trigger_type", "refoolTrigger", "--target_type", "cleanLabel", "--inject_portion", "0.04"],
+    ["--trigger_type", "inputAwareTrigger"],
+    ["--trigger_type", "multiTrigger", "--target_type", "multiLabel", "--target_label", "3"],
+    ["--target_type", "classSpecific", "--inject_portion", "0.05", "--transparency", "0.5"],
+    ["--target_type", "all2all", "--trigger_type", "blendTrigger"],
+], ids=lambda a: a[1])
+def test_main_measures_with_the_attack_of_the_checkpoint(workplace, capsys, monkeypatch, attack):
+    monkeypatch.setattr("attacks.input_aware.MASK_STEPS", 5)
+    assert train(*attack, "--epochs", "1") == 0
+    assert erase("--s_model", str(STUDENT), "--defense", "finetune", "--epochs", "1", "--seed", "2") == 0
+    assert "note: " not in capsys.readouterr().out
+    (trained,), (erased,) = lines("results/train_badnet.jsonl"), lines("results/main.jsonl")
+    assert erased["metrics"]["backdoored"] == trained["metrics"]
+    assert {f"--{name}": str(erased["attack"][name]) for name in (w[2:] for w in attack[::2])} == \
+        dict(zip(attack[::2], attack[1::2], strict=True))
+    # and so is what was erased
+    assert erase("--s_model", "weight/erasing_net/shapes10/WRN-10-1.tar", "--defense", "finetune", "--epochs", "1",
+                 "--save", "0") == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("backdoored "))
+    assert f"{erased['metrics']['fine-tuning']['asr']:.2f}" in row.split()
+    if "inputAwareTrigger" in attack:
+        content = torch.load(STUDENT, weights_only=True)
+        torch.save({**content, "trigger": {}}, STUDENT)
+        assert erase("--s_model", str(STUDENT)) == 2
+        assert "holds no generator" in capsys.readouterr().err
+
+
+def test_a_joint_attack_resumes_with_its_generators(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("attacks.input_aware.MASK_STEPS", 5)
+    attack = ["--trigger_type", "inputAwareTrigger", "--epochs", "2"]
+    assert train(*attack) == 0
+    whole = torch.load(STUDENT, weights_only=True)
+    STUDENT.unlink()
+    evaluate, calls = train_badnet.evaluate, []
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_badnet, "evaluate", interrupt)
+        assert train(*attack) == 130
+    assert train(*attack, "--resume") == 0
+    assert "going on after epoch 1" in capsys.readouterr().out
+    resumed = torch.load(STUDENT, weights_only=True)
+    for part in ("state_dict", "trigger"):
+        assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items())
+
+
+def test_pictures_of_the_triggers(workplace, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    small = ["triggers", "--dataset", "shapes10", "--train_size", "100", "--test_size", "20"]
+    assert visualize.main(small) == 0
+    out = capsys.readouterr().out
+    assert "note: Trojan is left out: --clean_model" in out
+    with Image.open("pictures/triggers.png") as image:
+        assert image.width > 1000
+    assert visualize.main([*small, "--image", "20"]) == 2
+    assert visualize.main(["trigger"]) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert visualize.main(small) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert [e.partition("error: ")[2][:24] for e in error] == ["--image 20: the test set", "what to draw comes first",
+                                                               "visualize.py needs matpl"]
+
+
 def test_own_images_and_a_torchvision_model(workplace, capsys):
     from test_data import write_folder
 
@@ -175,12 +247,16 @@ def test_main_interrupted_and_resumed_is_bit_identical(copied):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
-    (["--trigger_type", "grid"], "--trigger_type: one of fourCornerTrigger, gridTrigger"),
+    (["--trigger_type", "grid"], "--trigger_type: one of blendTrigger, clTrigger"),
     (["--target_label", "10"], "--target_label 10: the data set has the classes 0 to 9"),
     (["--trig_w", "33"], "does not fit into an image 32 wide"),
     (["--device", "cuda:99"], "--device cuda:99: not on this machine"),
     (["--s_name", "WRN-11-1"], "depth is 6 n"),
     (["--target_type", "cleanLabel", "--inject_portion", "0.5"], "class 5 has only 60"),
+    (["--target_type", "classSpecific", "--source_label", "12"], "--source_label 12: the data set has the classes"),
+    (["--trigger_type", "trojanTrigger"], "needs a clean network of the data at hand"),
+    (["--trigger_type", "blendTrigger", "--blend_image", "none.png"], "--blend_image none.png: cannot be read"),
+    (["--trigger_type", "inputAwareTrigger", "--target_type", "cleanLabel"], "all2one or all2all is allowed"),
     (["--lr", "1e30"], "the loss is not finite in epoch 1"),
     (["--checkpoint_root", "/proc/nowhere"], "--checkpoint_root /proc/nowhere: cannot be written to"),
 ])
