@@ -93,7 +93,8 @@ class AttackConfig:
                                                 "images themselves)")
     reflection_weight: float = option(0.4, "attack", "weight of the reflection, the image keeps the rest", low=0.0,
                                       high=1.0)
-    n_reflections: int = option(200, "attack", "reflections that refoolTrigger chooses from [Liu et al. 2020]", low=1)
+    n_reflections: int = option(200, "attack", "reflections that refoolTrigger chooses from [Liu et al. 2020]", low=1,
+                               high=100_000)
     warp_k: int = option(4, "attack", "size of wanetTrigger's control grid [WaNet]", low=2, high=256)
     warp_s: float = option(0.5, "attack", "strength of the warp [WaNet]", low=0.0, high=16.0)
     diversity_weight: float = option(1.0, "attack", "weight of inputAwareTrigger's diversity loss [Nguyen, Tran 2020]",
@@ -209,11 +210,14 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 
 
 @dataclass
-class PictureConfig(DataConfig, AttackConfig):
+class PictureConfig(DataConfig):
     """``python visualize.py triggers``: every attack on one image."""
 
     image: int = option(0, "picture", "which test image", low=0)
     out: str = option("pictures", "picture", "folder of the PNG files")
+    trigger_seed: int = option(0, "picture", "seed of what is random in a trigger", low=0, high=2**31 - 1)
+    clean_model: str = option("weight/s_net/clean/WRN-16-1-S-model_best.pth.tar", "picture",
+                              "clean network that Trojan and CL are made with")
     weights: str = option("weight/s_net", "picture", "folder below which networks lie whose triggers were learned")
 
 
@@ -331,9 +335,12 @@ def parse(cls, argv=None, read_checkpoint=None):
             if name not in by_name:
                 raise UserError(f"--config: {path} sets {name!r}, which {cls.__name__} does not have")
             values[name] = convert(by_name[name], value, f"--config {path}: ")
+    said = {name for name, value in values.items() if value != vars(cls())[name]}
     for name, value in given.items():
         values[name] = convert(by_name[name], value, "--")
-    return check(cls(**values))
+    config = check(cls(**values))
+    config.said = said | set(given)  # the options that the user decided on, also where he said what is the default
+    return config
 
 
 def check(config):

@@ -5,6 +5,7 @@ the data, and held on the device. Poisoning and the clean subset are index opera
 batches (``utils/data.py``). Every data set is an ordinary ``torch.utils.data.Dataset`` as well.
 """
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -143,6 +144,8 @@ class DatasetBD(TensorData):
         """
         if self.kind is None:
             return images
+        if not len(indices):
+            return images
         out, kind = images.clone(), self.kind[indices]
         rows = (kind == 1).nonzero().flatten()
         there = rows.to(images.device, non_blocking=True)
@@ -151,7 +154,9 @@ class DatasetBD(TensorData):
             rows = (kind == 2).nonzero().flatten()
             there = rows.to(images.device, non_blocking=True)
             gen = generator(self.seed, "cover", epoch, int(indices[0]))
-            out[there] = self.trigger.cover(images[there], indices[rows], gen)
+            plain = self.trigger.opt.target_type == "classSpecific"  # the very trigger, on classes that must not react
+            out[there] = self.trigger.poison(images[there], indices[rows]) if plain else \
+                self.trigger.cover(images[there], indices[rows], gen)
         return out
 
     def take(self, indices):
@@ -163,6 +168,18 @@ class DatasetBD(TensorData):
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return self.take(torch.tensor([i % len(self)]))[0]
+
+
+def backdoor_tests(opt, test, trigger):
+    """What the success rate is measured on: (the ``DatasetBD`` of all that counts, {name of a part: ``DatasetBD``}).
+
+    Raises ``UserError`` if nothing counts; a part without images is left out.
+    """
+    parts = {}
+    for name in attacks.parts(trigger):
+        with contextlib.suppress(UserError):
+            parts[name] = DatasetBD(opt, test, mode="test", trigger=trigger, part=name)
+    return DatasetBD(opt, test, mode="test", trigger=trigger), parts
 
 
 # ----------------------------------------------------------------------------------------------------- reading the data

@@ -17,7 +17,7 @@ import torch
 import attacks
 import defenses
 from config import AttackConfig, EraseConfig, UserError, convert, file_name, student_file, weight_root
-from data_loader import DatasetBD, DatasetCL, load_data
+from data_loader import DatasetCL, backdoor_tests, load_data
 from models import select_model
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, versions
 from utils.devices import choose_device, use_bf16
@@ -27,6 +27,7 @@ from utils.seeds import derive
 
 OF_THE_ATTACK = [f.name for f in fields(AttackConfig)]
 NOT_COMPARED = ("inject_portion", "cover_portion", "clean_model")  # of no consequence for what is measured
+FILES = ("blend_image", "reflection_root", "clean_model")  # paths are never taken from a checkpoint
 
 
 def student_path(config):
@@ -40,27 +41,39 @@ def student_path(config):
     return path
 
 
-def with_attack(config, stored):
-    """``config`` with the attack that the checkpoint's configuration ``stored`` names, if ``--trigger_type`` is auto.
+def stored_options(content):
+    """What an untrusted checkpoint says about its data and attack: {option: value}, plain values only."""
+    stored = {}
+    for part in ("config", "attack"):  # what an erased network was measured with is under "attack"
+        stored.update(content[part] if isinstance(content.get(part), dict) else {})
+    if stored.get("trigger_type") == "auto":
+        del stored["trigger_type"]
+    return {k: v for k, v in stored.items() if isinstance(v, (str, int, float))}
 
-    Settings of the attack that differ from their defaults were given by the user and stay. Raises ``UserError``.
+
+def with_attack(config, stored):
+    """``config`` with the attack that the checkpoint's options ``stored`` name, if ``--trigger_type`` is auto.
+
+    Options that the user gave stay. Raises ``UserError``.
     """
     if config.trigger_type != "auto":
         return config
+    changed = {f.name for f in fields(AttackConfig) if getattr(config, f.name) != f.default}
+    keep = getattr(config, "said", changed) - {"trigger_type"} | set(FILES)
     values = {"trigger_type": "gridTrigger"}
     for f in fields(AttackConfig):
-        if f.name in stored and (f.name == "trigger_type" or getattr(config, f.name) == f.default):
-            values[f.name] = convert(f, stored[f.name], "the checkpoint's configuration, ")
+        if f.name in stored and f.name not in keep:
+            values[f.name] = convert(f, stored[f.name], "the checkpoint's ")
     return replace(config, **values)
 
 
 def warn_about(stored, config, path):
     """Say so if the network was trained for another attack or data set than the one that is measured."""
-    names = ["dataset", "image_size", "normalize"] + [n for n in OF_THE_ATTACK if n not in NOT_COMPARED]
+    names = ["dataset", "image_size", "normalize", "train_size"]
+    if config.trigger_type != "none":
+        names += [n for n in OF_THE_ATTACK if n not in (*NOT_COMPARED, *FILES)]
     for name in names:
         own = getattr(config, name)
-        if config.trigger_type == "none" and name in OF_THE_ATTACK:
-            continue
         if name in stored and stored[name] != own:
             say(f"note: {path} was trained with --{name} {stored[name]}, this run measures with {own}")
 
@@ -69,8 +82,11 @@ def load_trigger(config, content, stored, images):
     """The trigger to measure with; what was learned for it comes from the checkpoint ``content``. None without one."""
     if config.trigger_type == "none":
         return None
-    same = stored.get("trigger_type") == config.trigger_type and isinstance(content.get("trigger"), dict)
-    trigger = attacks.make_trigger(config, images.shape[1:], content["trigger"] if same else None)
+    same = all(stored.get(name) == getattr(config, name) for name in ("trigger_type", "trigger_seed"))
+    state = content.get("trigger") if same and not config.blend_image else None
+    if stored.get("reflection_root") and not config.reflection_root and config.trigger_type == "refoolTrigger":
+        raise UserError("--reflection_root: the network was trained with reflections from a folder; name it")
+    trigger = attacks.make_trigger(config, images.shape[1:], state if isinstance(state, dict) else None)
     if not trigger.trained:
         raise UserError(f"--trigger_type {config.trigger_type}: the checkpoint holds no generator for it; only "
                         f"networks that train_badnet.py trained with it can be measured")
@@ -90,6 +106,8 @@ def main(config):
     content = load_checkpoint(path)
     if config.t_model:
         load_checkpoint(config.t_model)
+    stored = stored_options(content)
+    attack = with_attack(config, stored)
     config = replace(config, s_model=str(path))
     if finished(config, target):
         say(f"already finished: {target}")
@@ -101,16 +119,10 @@ def main(config):
 
     train, test = load_data(config, True), load_data(config, False).to(device)
     clean = DatasetCL(config, train).to(device)
-    stored = {}
-    for part in ("config", "attack"):  # what an erased network was measured with is under "attack"
-        stored.update(content[part] if isinstance(content.get(part), dict) else {})
-    attack = with_attack(config, stored)
     trigger = load_trigger(attack, content, stored, train.images)
     poisoned_test, aim, parts = None, None, {}
     if trigger:
-        poisoned_test = DatasetBD(attack, test, mode="test", trigger=trigger)
-        parts = {name: DatasetBD(attack, test, mode="test", trigger=trigger, part=name)
-                 for name in attacks.parts(trigger)}
+        poisoned_test, parts = backdoor_tests(attack, test, trigger)
         aim = None if attack.target_type in ("all2all", "multiLabel") else attack.target_label
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
@@ -122,6 +134,9 @@ def main(config):
         defense.check(model, clean, config)
     say(f"{path}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
+
+    about = {"attack": {name: getattr(attack, name) for name in OF_THE_ATTACK},
+             "trigger": trigger.state() if trigger else {}}
 
     def measure(model):
         return evaluate(model, test, poisoned_test, aim, parts=parts)
@@ -140,8 +155,8 @@ def main(config):
                 rows["teacher"] = measure(model)
                 if config.save:
                     save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "epoch": config.teacher_epochs,
-                                                   "optimizer": {}, **rows["teacher"], "config": identity(config),
-                                                   "versions": versions()})
+                                                   "optimizer": {}, **rows["teacher"], **about,
+                                                   "config": identity(config), "versions": versions()})
                     say(f"saved: {teacher_file}")
 
     rows = {"backdoored" if poisoned_test else "before": measure(model)}
@@ -151,10 +166,8 @@ def main(config):
     erased = defense.erase(model, clean, config, journal)
     rows["fine-tuning" if config.defense == "finetune" else config.defense.upper()] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
-    measured_with = {name: getattr(attack, name) for name in OF_THE_ATTACK}
     journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
-                    "attack": measured_with, "trigger": trigger.state() if trigger else {}},
-                   rows, "main.jsonl", train.source, measured_with)
+                    **about}, rows, "main.jsonl", train.source, about["attack"])
 
 
 if __name__ == "__main__":

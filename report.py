@@ -125,30 +125,42 @@ REPORTED = {  # ACC / ASR of the backdoored network that others report
 
 
 def render_attacks(records):
-    """The table of all attacks: accuracy against the clean network's, success rate, and what others report."""
-    clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
-    if not clean:
+    """The tables of all attacks, one for each recipe that a clean network was trained with."""
+    def recipe(r):
+        return [r["data"], *(r["config"][k] for k in ("dataset", "s_name", "epochs", "optimizer", "augment"))]
+
+    recipes = []
+    for r in records:
+        if r["config"]["trigger_type"] == "none" and recipe(r) not in recipes:
+            recipes.append(recipe(r))
+    if not recipes:
         return "No clean network (`--trigger_type none`) to compare with is among the results."
-    clean = statistics.mean(clean)
+    return "\n\n".join(attack_table([r for r in records if recipe(r) == found]) for found in recipes)
+
+
+def attack_table(records):
+    """One recipe's table: accuracy against the clean networks', success rate, and what others report."""
+    clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
     out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
            "|---|---|---|---|---|---|---|---|",
-           f"| none | `--trigger_type none` | 1 | {clean:.2f} | | | | |"]
+           f"| none | `--trigger_type none` | {len(clean)} | {cell(clean)} | | | | |"]
     order = [*attacks.PRESETS, ""]
     found = [(attacks.preset_name(runs[0]["config"]), runs) for runs in groups(records)
              if runs[0]["config"]["trigger_type"] != "none"]
     for name, runs in sorted(found, key=lambda pair: order.index(pair[0])):
-        changed = {k: runs[0]["config"][k] for k, f in AttackConfig.__dataclass_fields__.items()
-                   if runs[0]["config"][k] != f.default}
-        options = " ".join(f"--{k} {v}" for k, v in changed.items())
+        config = runs[0]["config"]
+        named = [f for f in (*AttackConfig.__dataclass_fields__.values(), TrainConfig.__dataclass_fields__["stamp"])
+                 if config[f.name] != f.default]
+        options = " ".join(f"--{f.name} {config[f.name]}" for f in named)
         acc = [r["metrics"]["clean_acc"] for r in runs]
         apart = {}
         for r in runs:
             for part, asr in r["metrics"].get("parts", {}).items():
                 apart.setdefault(part, []).append(asr)
+        lost = statistics.mean(clean) - statistics.mean(acc)
         apart = "; ".join(f"{part} {cell(values)}" for part, values in apart.items())
         out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
-                   f"{clean - statistics.mean(acc):.2f} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | "
-                   f"{REPORTED.get(name, '')} |")
+                   f"{lost:.2f} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
     config = records[0]["config"]
     minutes = statistics.median(r["train_seconds"] for r in records) / 60
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})

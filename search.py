@@ -82,7 +82,7 @@ class SurrogateSet(TensorData):
             labels[chosen] = target
         super().__init__(data.images, labels, data.classes)
 
-    def stamped(self, images, indices):
+    def stamped(self, images, indices, epoch=0):
         images = images.clone()
         for k, trigger in enumerate(TRIGGERS):
             rows = (self.kind[indices] == k).nonzero().flatten()

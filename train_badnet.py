@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import TrainConfig, student_file
-from data_loader import DatasetBD, load_data
+from config import TrainConfig, UserError, student_file
+from data_loader import DatasetBD, backdoor_tests, load_data
 from models import select_model
 from utils.data import Batches, make_augment
 from utils.devices import choose_device, use_bf16
@@ -38,10 +38,6 @@ def main(config):
 
     train, test = load_data(config, True).to(device), load_data(config, False).to(device)
     trigger, poisoned_train, poisoned_test, parts, aim, about = None, train, None, {}, None, "no trigger"
-
-    def triggered_test(part=None):
-        return DatasetBD(config, test, mode="test", trigger=trigger, part=part)
-
     if config.trigger_type != "none":
         start = time.perf_counter()
         trigger = attacks.make_trigger(config, train.shape)
@@ -50,9 +46,12 @@ def main(config):
             poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
             about = f"{len(poisoned_train.poisoned)} poisoned"
             about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
+        elif config.stamp == "before" or config.compile:
+            raise UserError(f"--trigger_type {config.trigger_type}: its trigger is part of the training step: neither "
+                            f"--stamp before nor --compile goes with it")
         else:
             about = f"{config.inject_portion:.0%} of each batch poisoned"
-        poisoned_test = triggered_test()
+        poisoned_test, parts = backdoor_tests(config, test, trigger)
         aim = None if config.target_type in ("all2all", "multiLabel") else config.target_label
         about += f" ({config.trigger_type}, {config.target_type})"
         if time.perf_counter() - start > 1:
@@ -64,8 +63,10 @@ def main(config):
         f"{device}{', bf16' if amp else ''}")
 
     def report(stage, model, record):
-        moving = trigger is not None and trigger.joint
-        record.update(evaluate(model, test, triggered_test() if moving else poisoned_test, aim, amp))
+        triggered = poisoned_test
+        if trigger is not None and trigger.joint:  # its trigger changes from epoch to epoch
+            triggered = DatasetBD(config, test, mode="test", trigger=trigger)
+        record.update(evaluate(model, test, triggered, aim, amp))
         asr = "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
         say(f"epoch {record['epoch']:3d}/{record['epochs']}  loss {record['loss']:.4f}  ACC {record['clean_acc']:5.2f}"
             f"{asr}  {record['seconds']:.1f} s")
@@ -78,9 +79,8 @@ def main(config):
         lr_schedule=config.lr_schedule, momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed,
         stage="train_badnet", turn=config.turn if config.optimizer == "muon" else 0.0, amp=amp,
         compiled=config.compile, progress=journal)
-    if trigger:
-        poisoned_test = triggered_test()
-        parts = {name: triggered_test(name) for name in attacks.parts(trigger)}
+    if trigger is not None and trigger.joint:
+        poisoned_test, parts = backdoor_tests(config, test, trigger)
     metrics = evaluate(model, test, poisoned_test, aim, parts=parts)
     poisons = trigger is not None and config.inject_portion > 0
     say("\n" + table({"backdoored" if poisons else "clean": metrics}) + "\n")

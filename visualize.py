@@ -6,14 +6,13 @@ Needs matplotlib (pip install matplotlib), which nothing else here does.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import attacks
-from config import PictureConfig, UserError
+from config import AttackConfig, PictureConfig, UserError
 from data_loader import load_data
 from utils.checkpoint import load_checkpoint
 from utils.files import write_atomically
@@ -37,11 +36,14 @@ def plotting():
 
 def triggered(options, config, train, image):
     """``image``, uint8 (1, C, H, W), as the attack with ``options`` changes it. Raises ``UserError``."""
-    own = replace(config, **options)
+    own = AttackConfig(**options, trigger_seed=config.trigger_seed, clean_model=config.clean_model)
+    own.dataset = config.dataset
     state = None
     if own.trigger_type in LEARNED:
         path = Path(config.weights) / LEARNED[own.trigger_type] / "WRN-16-1-S-model_best.pth.tar"
         state = load_checkpoint(path).get("trigger")
+        if not state:
+            raise UserError(f"{path} holds no trigger")
     trigger = attacks.make_trigger(own, train.shape, state)
     trigger.see(train.images)
     start = image
@@ -61,7 +63,8 @@ def triggers(config):
     rows = []
     for name, options in tqdm(attacks.PRESETS.items(), "triggers", leave=False, disable=None):
         try:
-            rows.append((name, triggered(options, config, train, image)))
+            title = f"{name} (training image)" if "clTrigger" in options.values() else name
+            rows.append((title, triggered(options, config, train, image)))
         except UserError as e:
             say(f"note: {name} is left out: {e}")
     columns = -(-len(rows) // ROWS_A_COLUMN)

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from config import AttackConfig, UserError
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from models import select_model
+from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint, weights_of
 from utils.engine import cross_entropy
 from utils.seeds import generator
 
 TRIGGERS = {}
 OTHERS = "other classes"
+MIX = 2654435761  # Knuth's multiplicative hash: neighbours in a set are sent to unrelated places
 
 
 def register(name):
@@ -39,6 +41,7 @@ class Trigger:
     cover_share = 0.0  # cover samples, triggered with their true label, as a multiple of the poisoned ones
     parts = ()  # names of variants that are measured apart
     clean_label_only = False
+    clean_network = False  # made with --clean_model
     joint = False  # trained together with the network: DatasetBD cannot poison a training set with it
     trained = True
 
@@ -99,11 +102,13 @@ class Trigger:
         return self.to(images.device)
 
 
-def stored(state, name, shape):
+def checked(state, name, shape):
     """The uint8 tensor ``name`` of a trigger's ``state``, which came from an untrusted file. Raises ``UserError``."""
     tensor = state.get(name)
-    if not torch.is_tensor(tensor) or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(shape):
-        raise UserError(f"the trigger in the checkpoint does not fit images of {shape[0]} x {shape[1]} x {shape[2]}")
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" \
+            or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(shape):
+        raise UserError(f"the {name} in the checkpoint is not what this attack needs, {' x '.join(map(str, shape))} "
+                        f"(channels x height x width)")
     return tensor
 
 
@@ -137,6 +142,7 @@ class PatchTrigger(Trigger):
 
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
+        self.given = state
         _, h, w = self.shape
         self.trig_w, self.trig_h = opt.trig_w, opt.trig_h
         self.distance = self.default_distance if opt.trig_distance < 0 else opt.trig_distance
@@ -199,9 +205,6 @@ def clean_network(opt, shape):
 
     Raises ``UserError`` if it is not there or is for other images.
     """
-    from models import select_model
-    from utils.checkpoint import file_hash, load_weights, weights_of
-
     path = Path(opt.clean_model)
     if not path.exists():
         raise UserError(f"--clean_model {path}: no such file; --trigger_type {opt.trigger_type} needs a clean network "
@@ -214,6 +217,9 @@ def clean_network(opt, shape):
     model = select_model("", name, n_classes=len(last[-1]) if last else 10, in_channels=shape[0], image_size=shape[1],
                          normalize=stored.get("normalize", "none"))
     load_weights(model, content, path, name)
+    if stored.get("dataset", opt.data) != opt.data and opt.data:
+        raise UserError(f"--clean_model {path}: was trained on {stored['dataset']}, the data here is {opt.data}: train "
+                        f"one with train_badnet.py --trigger_type none --dataset {opt.data} --checkpoint_root DIR")
     return model.eval(), file_hash(path)
 
 
@@ -272,9 +278,7 @@ def choose_cover(labels, opt, trigger, poisoned, gen):
     ``--cover_portion`` of the set, or the attack's own multiple of the poisoned; with classSpecific they are of other
     classes than the source. Raises ``UserError`` if there are too few images.
     """
-    count = round(trigger.cover_share * len(poisoned))
-    if opt.target_type == "classSpecific" and not count:
-        count = len(poisoned)
+    count = len(poisoned) if opt.target_type == "classSpecific" else round(trigger.cover_share * len(poisoned))
     if opt.cover_portion >= 0:
         count = int(opt.cover_portion * len(labels) + 0.5)
     free = torch.ones(len(labels), dtype=torch.bool)
@@ -284,7 +288,7 @@ def choose_cover(labels, opt, trigger, poisoned, gen):
     pool = free.nonzero().flatten()
     if count > len(pool):
         raise UserError(f"--cover_portion: {count} cover samples are asked for, only {len(pool)} images are left "
-                        f"beside the {len(poisoned)} poisoned ones")
+                        f"beside the {len(poisoned)} poisoned ones; set it, or lower --inject_portion")
     return pool[torch.randperm(len(pool), generator=gen)[:count]].sort().values
 
 
@@ -312,7 +316,9 @@ def complete(opt):
     given = {f.name: getattr(opt, f.name) for f in fields(AttackConfig) if hasattr(opt, f.name)}
     if given.get("trigger_type") == "auto":
         del given["trigger_type"]
-    return AttackConfig(**given)
+    complete = AttackConfig(**given)
+    complete.data = getattr(opt, "dataset", "")  # to see whether a clean network was trained on it
+    return complete
 
 
 def make_trigger(opt, shape, state=None):

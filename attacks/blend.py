@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attacks.base import Trigger, draw, in_pieces, register, stored, to_uint8
+from attacks.base import Trigger, checked, draw, in_pieces, register, to_uint8
 from config import UserError
 
 
@@ -31,8 +31,9 @@ def read_image(path, shape):
 class BlendTrigger(Trigger):
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
+        self.from_file = bool(state or opt.blend_image)
         if state:
-            self.pattern = stored(state, "pattern", self.shape)
+            self.pattern = checked(state, "pattern", self.shape)
         elif opt.blend_image:
             self.pattern = read_image(opt.blend_image, self.shape)
         else:
@@ -49,4 +50,4 @@ class BlendTrigger(Trigger):
         return self.blend(images, self.opt.blend_alpha)
 
     def state(self):
-        return {"pattern": self.pattern.cpu()} if self.opt.blend_image else {}
+        return {"pattern": self.pattern.cpu()} if self.from_file else {}

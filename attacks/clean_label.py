@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from attacks.base import cached, clean_network, register
 from attacks.four_corner import FourCornerTrigger
+from config import UserError
 from utils.data import to_float
 from utils.devices import use_bf16
 from utils.engine import autocast
@@ -48,11 +49,15 @@ def pgd(model, images, label, eps, step, steps, batch_size=250):
 
 @register("clTrigger")
 class CleanLabelTrigger(FourCornerTrigger):
-    clean_label_only = True
+    clean_label_only = clean_network = True
 
     def prepare(self, images, label):
         opt = self.opt
         model, network = clean_network(opt, self.shape)
+        with torch.no_grad():
+            classes = model(torch.zeros(1, *self.shape)).shape[1]
+        if label >= classes:
+            raise UserError(f"--clean_model {opt.clean_model}: has {classes} classes, the target is class {label}")
         content = hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
         key = (network, content, label, opt.pgd_eps, opt.pgd_step, opt.pgd_steps)
         made = cached("pgd", key, lambda: {"images": pgd(model, images, label, opt.pgd_eps, opt.pgd_step,

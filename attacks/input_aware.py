@@ -6,8 +6,8 @@ differ from image to image. Then pattern generator and classifier are trained to
 ``--inject_portion`` carries its own trigger and the target label, a share ``--cover_portion`` carries the trigger of
 another image and its own label (cross-trigger), and a diversity loss keeps patterns of different images apart.
 
-Weights 1 and 100, density 0.032 [paper's code, METHODS.md]; generators of 16 to 64 channels, and 200 steps for the mask
-generator instead of 25 epochs [ours, sized for 32 x 32 images].
+Weights 1 and 100, density 0.032 [the authors' code]; generators of 16 to 64 channels, 200 steps for the mask generator,
+its density counted over the image as a whole, and one optimiser for generator and classifier [ours].
 """
 
 import torch
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from attacks.base import Trigger, cached, draw, register, to_uint8
+from attacks.base import MIX, Trigger, cached, draw, positions, register, to_uint8
 from config import UserError
 from utils.data import to_float
 
 MASK_STEPS, MASK_BATCH, MASK_RATE, DENSITY_WEIGHT = 200, 64, 0.01, 100.0
+LENDERS = 1000
 
 
 class Generator(nn.Module):
@@ -91,6 +92,10 @@ class InputAwareTrigger(Trigger):
         if opt.target_type not in ("all2one", "all2all"):
             raise UserError(f"--trigger_type inputAwareTrigger: --target_type all2one or all2all is allowed, "
                             f"got {opt.target_type!r}")
+        self.cross_portion = opt.inject_portion if opt.cover_portion < 0 else opt.cover_portion
+        if opt.inject_portion + self.cross_portion > 1:
+            raise UserError(f"--inject_portion {opt.inject_portion}, --cover_portion {self.cross_portion}: together "
+                            f"they must not exceed 1 for --trigger_type inputAwareTrigger")
         if min(self.shape[1:]) < 4:
             raise UserError("--trigger_type inputAwareTrigger: needs images of at least 4 x 4 pixels")
         with torch.random.fork_rng(devices=[]):
@@ -102,6 +107,8 @@ class InputAwareTrigger(Trigger):
                 self.generators.load_state_dict(state)
             except (RuntimeError, TypeError, AttributeError):
                 raise UserError("the checkpoint's trigger is not a generator for these images") from None
+            if not all(torch.isfinite(p).all() for p in self.generators.parameters()):
+                raise UserError("the checkpoint's generator holds weights that are not finite")
         for p in self.generators.where.parameters():
             p.requires_grad_(False)
 
@@ -109,26 +116,28 @@ class InputAwareTrigger(Trigger):
     def __call__(self, images, indices=None, part=None):
         self.ready(images)
         out = []
-        for batch in images.split(1000):
+        for batch in images.split(max(1, 1_000_000 // images[:1].numel() * 3) if len(images) else 1):
             x = to_float(batch)
             out.append(to_uint8(255 * torch.lerp(x, self.generators.pattern(x), self.generators.mask(x))).contiguous())
         return torch.cat(out) if out else images.clone()
 
     @torch.no_grad()
     def cover(self, images, indices, gen):
-        """The trigger of the batch's next image on each image."""
+        """On each image the trigger of another, one of ``lenders``."""
         self.ready(images)
         x = to_float(images)
-        other = x.roll(1, 0)
+        other = to_float(self.lenders[positions(images, indices) * MIX % 2**32 % len(self.lenders)])
         return to_uint8(255 * torch.lerp(x, self.generators.pattern(other), self.generators.mask(other))).contiguous()
 
     def see(self, images):
-        """Train the mask generator on ``images``, unless that is done."""
+        """Train the mask generator on ``images``, unless that is done, and keep some that lend their triggers."""
+        self.to(images.device)
+        chosen = torch.randperm(len(images), generator=draw(self.opt, self.name, "lenders"))[:LENDERS]
+        self.lenders = images[chosen.to(images.device)]
         if self.trained:
             return
-        self.to(images.device)
-        key = (self.shape, self.opt.trigger_seed, self.opt.mask_density, len(images), images.float().mean().item(),
-               MASK_STEPS, MASK_BATCH, MASK_RATE)
+        key = (self.shape, self.opt.trigger_seed, self.opt.mask_density, len(images),
+               images.sum(dtype=torch.int64).item(), MASK_STEPS, MASK_BATCH, MASK_RATE)
         state = cached("input-aware-mask", key, lambda: self.learn_mask(images))
         self.generators.where.load_state_dict(state)
 
@@ -158,21 +167,20 @@ class InputAwareTrigger(Trigger):
     def loss(self, joint, images, labels):
         """Cross-entropy of triggered, cross-triggered and clean images, plus the diversity of the patterns."""
         generators, b = joint.generators, len(images)
-        n = int(self.opt.inject_portion * b + 0.5)
-        m = n if self.opt.cover_portion < 0 else int(self.opt.cover_portion * b + 0.5)
-        n, m = min(n, b // 2), min(m, b // 2)
-        count = max(n, m)
-        mine, theirs = images[:count], images[b - count:]  # theirs lend their triggers to the cross samples
-        pattern_1, pattern_2 = generators.pattern(mine), generators.pattern(theirs)
-        triggered = torch.lerp(images[:n], pattern_1[:n], generators.mask(images[:n]))
-        crossed = torch.lerp(images[n:n + m], pattern_2[:m], generators.mask(theirs[:m]))
-        batch = torch.cat([triggered, crossed, images[n + m:]]).contiguous(memory_format=torch.channels_last)
+        n = int(self.opt.inject_portion * b + torch.rand(()).item())  # what is left of a whole image: now and then one
+        m = min(int(self.cross_portion * b + torch.rand(()).item()), b - n)
+        k = n + m
+        seen = torch.cat([images[-1:], images[:k]])  # an image's neighbour lends its trigger: image i has seen[i]
+        pattern, mask = generators.pattern(seen), generators.mask(seen)
+        triggered = torch.lerp(images[:n], pattern[1:n + 1], mask[1:n + 1])
+        crossed = torch.lerp(images[n:k], pattern[n:k], mask[n:k])
+        batch = torch.cat([triggered, crossed, images[k:]]).contiguous(memory_format=torch.channels_last)
         wanted = labels.clone()
         wanted[:n] = self.labels(labels[:n], None, self.n_classes)
         logits = joint.classifier(batch)
         loss = F.cross_entropy(logits, wanted)
-        if count:
-            loss = loss + self.opt.diversity_weight * diversity(mine, theirs, pattern_1, pattern_2)
+        if k:
+            loss = loss + self.opt.diversity_weight * diversity(seen[1:], seen[:-1], pattern[1:], pattern[:-1])
         return loss, logits
 
     def state(self):

@@ -9,6 +9,7 @@ Not here: the paper's selection of reflections by repeated trainings. Its mixing
 (``--reflection_weight``) [ours].
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from attacks.base import Trigger, draw, in_pieces, positions, register, to_uint8
+from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
-MIX = 2654435761  # Knuth's multiplicative hash: neighbours in the set get unrelated reflections
 
 
 def read_photos(folder, shape, count, gen):
@@ -67,7 +67,7 @@ def ghosted(images, shift, strength):
 class RefoolTrigger(Trigger):
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
-        self.bank = None
+        self.bank, self.given = None, state
         gen = draw(opt, self.name)
         if opt.reflection_root:
             self.build(read_photos(opt.reflection_root, self.shape, opt.n_reflections, gen), gen)
@@ -80,12 +80,21 @@ class RefoolTrigger(Trigger):
 
     def build(self, photos, gen):
         """``bank``: every reflection in its three kinds, float32 ``(3 n, C, H, W)``, already weighted."""
+        self.photos_hash = torch.tensor(list(hashlib.sha256(photos.to(torch.uint8).numpy().tobytes()).digest()))
+        if self.given and not torch.equal(checked(self.given, "photos", (32,)), self.photos_hash.to(torch.uint8)):
+            raise UserError("--trigger_type refoolTrigger: these are not the reflections that the network was trained "
+                            "with; they come from the training images (--dataset, --data_root, --train_size) or from "
+                            "--reflection_root")
         n, scale = len(photos), max(self.shape[1:]) / 32
         sigma = scale * (1 + 2 * torch.rand(n, generator=gen))
         shift = (scale * (1 + 2 * torch.rand(n, generator=gen))).round().long().clamp(1, min(self.shape[1:]) - 1)
         strength = 0.6 + 0.25 * torch.rand(n, generator=gen)
         kinds = torch.cat([photos, out_of_focus(photos, sigma), ghosted(photos, shift, strength)])
         self.bank = (self.opt.reflection_weight * kinds).to(self.device)
+
+    def state(self):
+        """The hash of the reflections: they are images of the data set, which a checkpoint should not carry."""
+        return {"photos": self.photos_hash.to(torch.uint8)}
 
     def mixed(self, images, indices, salt):
         if self.bank is None:

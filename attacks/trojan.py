@@ -9,7 +9,7 @@ backgrounds [ours]; made once and cached by network, size, place and ``--trigger
 import torch
 from torch import nn
 
-from attacks.base import PatchTrigger, cached, clean_network, draw, register, stored
+from attacks.base import PatchTrigger, cached, checked, clean_network, draw, register
 
 NEURONS, STEPS, RATE, BACKGROUNDS = 2, 300, 0.05, 16
 
@@ -54,17 +54,24 @@ def optimise(model, mask, shape, gen):
 
 @register("trojanTrigger")
 class TrojanTrigger(PatchTrigger):
-    def __init__(self, shape, opt, state=None):
-        super().__init__(shape, opt)
-        if not state:
-            model, network = clean_network(opt, self.shape)
-            key = (network, self.shape, self.trig_w, self.trig_h, self.distance, opt.trigger_seed, NEURONS, STEPS,
-                   RATE, BACKGROUNDS)
-            state = cached("trojan", key, lambda: optimise(model, self.mask, self.shape, draw(opt, self.name)))
-        self.pattern = stored(state, "pattern", self.shape)
+    clean_network = True
 
-    def patch(self):
-        return torch.zeros(self.trig_h, self.trig_w, dtype=torch.uint8)  # filled when the optimised pattern is there
+    def draw(self, h, w):
+        (row, col), = self.corners(h, w)
+        self.fits(row, col, h, w)
+        there = (slice(None), slice(row, row + self.trig_h), slice(col, col + self.trig_w))
+        self.mask[there[1:]] = True
+        if self.given:
+            patch = checked(self.given, "patch", (self.shape[0], self.trig_h, self.trig_w))
+        else:
+            model, network = clean_network(self.opt, self.shape)
+            key = (network, self.shape, self.trig_w, self.trig_h, self.distance, self.opt.trigger_seed, NEURONS, STEPS,
+                   RATE, BACKGROUNDS)
+            made = cached("trojan", key, lambda: optimise(model, self.mask, self.shape, draw(self.opt, self.name)))
+            patch = made["pattern"][there]
+        self.patch = patch
+        self.pattern = torch.zeros(self.shape, dtype=torch.uint8)
+        self.pattern[there] = patch
 
     def state(self):
-        return {"pattern": self.pattern.cpu()}
+        return {"patch": self.patch.cpu()}

@@ -44,8 +44,8 @@ def clean_model(tmp_path, monkeypatch):
     """A checkpoint of a small network, in a folder of its own where caches may be written."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save({"state_dict": select_model("CIFAR10", "WRN-10-1").state_dict(), "config": {"s_name": "WRN-10-1"}},
-               "clean.tar")
+    state = select_model("CIFAR10", "WRN-10-1").state_dict()
+    torch.save({"state_dict": state, "config": {"s_name": "WRN-10-1", "dataset": "CIFAR10"}}, "clean.tar")
     return "clean.tar"
 
 
@@ -114,20 +114,17 @@ def test_the_fixed_draw_depends_on_its_seed_only(name):
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", [n for n in STATIC if n not in ("wanetTrigger", "inputAwareTrigger")])
-def test_a_saturated_image_does_not_wrap_around(name):
-    """What a trigger adds to white or black stays between the image and the pattern's own range."""
-    for value in (0, 255):
-        images = torch.full((4, 3, 32, 32), value, dtype=torch.uint8)
-        trigger = attacks.make_trigger(options(trigger_type=name), (3, 32, 32))
-        trigger.see(torch.full((10, 3, 32, 32), value, dtype=torch.uint8))
-        moved = trigger(images).int() - value
-        if name == "signalTrigger":
-            assert moved.abs().max() == 20
-        elif name == "blendTrigger":
-            assert moved.abs().max() <= 0.2 * 255 + 1
-        elif name == "refoolTrigger":
-            assert (moved == 0).all()
+@pytest.mark.parametrize(("name", "limit"), [("signalTrigger", 20), ("blendTrigger", 52), ("refoolTrigger", 0),
+                                             ("squareTrigger", 77), ("randomPixelTrigger", 77)])
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_saturated_image_does_not_wrap_around(name, limit, value):
+    """What a trigger adds to black or white is no more than its own share: a wrapped pixel would move by far more."""
+    images = torch.full((4, 3, 32, 32), value, dtype=torch.uint8)
+    trigger = attacks.make_trigger(options(trigger_type=name, transparency=0.7), (3, 32, 32))
+    trigger.see(torch.full((10, 3, 32, 32), value, dtype=torch.uint8))
+    moved = (trigger(images).int() - value).abs()
+    assert moved.max() <= limit
+    assert moved.any() or name in ("refoolTrigger", "squareTrigger")
 
 
 def test_signal_is_the_closed_form():
@@ -272,6 +269,12 @@ def test_class_specific_poisons_the_source_and_covers_others():
         DatasetBD(options(target_type="classSpecific", source_label=2, cover_portion=1.0), data, 0.05)
 
 
+def test_wanet_and_class_specific_cover_with_the_very_warp():
+    data = some_data()
+    train = DatasetBD(options(trigger_type="wanetTrigger", target_type="classSpecific", source_label=2), data, 0.05)
+    assert torch.equal(train.take(train.cover).images, train.trigger(data.images[train.cover]))
+
+
 def test_refool_mixes_a_reflection_of_the_set():
     shape, images = (3, 32, 32), noise(50)
     trigger = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape)
@@ -287,6 +290,11 @@ def test_refool_mixes_a_reflection_of_the_set():
         assert any(torch.equal(image, (60 + r).round().clamp(0, 255).to(torch.uint8)) for r in trigger.bank)
     assert len(out.unique(dim=0)) > 1
     assert not torch.equal(out, trigger.poison(grey, torch.arange(12))), "test and training draw their own"
+    again = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape, trigger.state())
+    again.see(photos)
+    assert torch.equal(again(grey), out)
+    with pytest.raises(UserError, match="not the reflections that the network was trained"):
+        attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape, trigger.state()).see(images)
     constant = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape)
     constant.see(torch.full((5, *shape), 200, dtype=torch.uint8))
     assert torch.allclose(constant.bank, torch.tensor(80.0), atol=1e-3), "each kind's weights sum to one"
@@ -335,8 +343,14 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
     other = attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none", trig_w=5, trig_h=4),
                                  (3, 32, 32), state)
     assert torch.equal(other(images), out), "a checkpoint's patch needs no clean network"
-    with pytest.raises(UserError, match="the trigger in the checkpoint does not fit"):
-        attacks.make_trigger(opt, (3, 28, 28), state)
+    moved = attacks.make_trigger(options(trigger_type="trojanTrigger", trig_w=5, trig_h=4, trig_distance=6),
+                                 (3, 32, 32), state)(images)
+    assert torch.equal(moved[:, :, 22:26, 21:26], out[:, :, 27:31, 26:31]), "the patch goes where it is told to"
+    with pytest.raises(UserError, match="the patch in the checkpoint is not what this attack needs, 3 x 3 x 3"):
+        attacks.make_trigger(options(trigger_type="trojanTrigger"), (3, 32, 32), state)
+    with pytest.raises(UserError, match="was trained on CIFAR10, the data here is shapes10"):
+        attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model=clean_model, dataset="shapes10"),
+                             (3, 32, 32))
     with pytest.raises(UserError, match="--clean_model none: no such file"):
         attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none"), (3, 32, 32))
 
@@ -357,6 +371,8 @@ def test_clean_label_stays_in_the_ball_and_touches_the_target_class_only(clean_m
     stamped = train.take(train.poisoned).images
     assert torch.equal(stamped, train.trigger(train.images[train.poisoned])), "four corners on top"
     assert torch.equal(DatasetBD(opt, data, 0.08).images, train.images), "from the cache"
+    with pytest.raises(UserError, match="has 10 classes, the target is class 10"):
+        DatasetBD(options(**{**vars(opt), "target_label": 10}), some_data(6, n_classes=12), 0.05)
     with pytest.raises(UserError, match="made for --target_type cleanLabel"):
         DatasetBD(options(trigger_type="clTrigger", clean_model=clean_model), data)
 
@@ -400,11 +416,15 @@ def test_input_aware_gives_each_image_its_own_trigger_and_trains_jointly(clean_m
     uint8 = noise(4)
     change = (trigger(uint8).int() - uint8.int())
     assert not torch.equal(change[0], change[1])
-    crossed = trigger.cover(uint8, None, None)
-    assert not torch.equal(crossed, trigger(uint8))
     again = attacks.make_trigger(opt, (3, 32, 32), trigger.state())
     assert torch.equal(again(uint8), trigger(uint8))
-    assert len(DatasetBD(opt, some_data(), trigger=again).cover) == 20
+    train = DatasetBD(opt, some_data(), trigger=again)
+    assert len(train.cover) == 20
+    crossed = train.take(train.cover).images
+    assert not torch.equal(crossed, train.images[train.cover])
+    assert not torch.equal(crossed, train.trigger(train.images[train.cover]))
+    with pytest.raises(UserError, match="must not exceed 1"):
+        attacks.make_trigger(options(trigger_type="inputAwareTrigger", inject_portion=0.6), (3, 32, 32))
     with pytest.raises(UserError, match="not a generator for these images"):
         attacks.make_trigger(opt, (1, 28, 28), trigger.state())
 

@@ -283,3 +283,11 @@ def test_cifar10_as_an_image_folder():
     data = load_data(TrainConfig(data_root=str(root)), False)
     assert data.images.shape == (10_000, 3, 32, 32)
     assert torch.bincount(data.labels).tolist() == [1000] * 10
+
+
+def test_batches_of_the_recipe_searchs_surrogate():
+    import search
+
+    data = TensorData(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 10, range(10))
+    batches = list(Batches(search.SurrogateSet(data), 50).epoch(0))
+    assert sum(images.flatten(1).any(1).sum().item() for images, _ in batches) >= 10, "triggers on black images"

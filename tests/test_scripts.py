@@ -363,3 +363,41 @@ def test_a_full_disk_in_the_middle_keeps_what_is_there(copied, capsys, monkeypat
     assert STUDENT.read_bytes() == before
     assert train("--seed", "2", "--resume") == 0
     assert "going on after epoch 1" in capsys.readouterr().out
+
+
+def test_flags_win_over_the_checkpoint_also_where_they_say_the_default(copied, capsys):
+    content = torch.load(STUDENT, weights_only=True)
+    content["config"].update(target_label=0, trig_w=4, blend_image="/dev/zero")
+    torch.save(content, STUDENT)
+    assert erase("--defense", "finetune", "--target_label", "5", "--epochs", "1") == 0
+    (record,) = lines("results/main.jsonl")
+    assert record["attack"]["target_label"] == 5, "given"
+    assert record["attack"]["trig_w"] == 4, "from the checkpoint"
+    assert record["attack"]["blend_image"] == "", "a path is never taken from a checkpoint"
+    assert "was trained with --target_label 0, this run measures with 5" in capsys.readouterr().out
+    content["config"]["trig_w"] = "wide"
+    torch.save(content, STUDENT)
+    assert erase() == 2
+    assert "the checkpoint's trig_w: a whole number is needed" in capsys.readouterr().err
+
+
+def test_the_teacher_is_measured_with_the_same_attack(workplace, capsys):
+    assert train("--trigger_type", "squareTrigger", "--target_label", "2", "--epochs", "1") == 0
+    assert erase("--epochs", "1") == 0
+    (record,) = lines("results/main.jsonl")
+    capsys.readouterr()
+    assert erase("--s_model", "weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar", "--save", "0", "--defense",
+                 "finetune", "--epochs", "1") == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("backdoored "))
+    assert f"{record['metrics']['teacher']['asr']:.2f}" in row.split()
+
+
+def test_a_part_without_images_is_left_out(workplace):
+    from test_data import write_folder
+
+    write_folder(workplace / "mine", ("a", "b"), n=8, size=32)
+    assert run_script(train_badnet.main, TrainConfig, [
+        "--dataset", "folder", "--data_root", "mine", "--target_type", "classSpecific", "--target_label", "0",
+        "--source_label", "1", "--s_name", "WRN-10-1", "--epochs", "1", "--batch_size", "8", "--device", "cpu"]) == 0
+    (record,) = lines("results/train_badnet.jsonl")
+    assert "parts" not in record["metrics"]

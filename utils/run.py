@@ -74,7 +74,12 @@ def identity(config):
 
 def start_of(config):
     """The hashes of the checkpoints that a run starts from, a dict: another file under the same name is another run."""
-    return {name: file_hash(getattr(config, name, "")) for name in ("s_model", "t_model")}
+    files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
+    if getattr(config, "trigger_type", "") in ("trojanTrigger", "clTrigger"):
+        files["clean_model"] = config.clean_model
+    if getattr(config, "blend_image", ""):
+        files["blend_image"] = config.blend_image
+    return {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
 
 
 def check_writable(folder, flag):
