@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attacks
 from attacks.clean_label import pgd
@@ -480,3 +481,18 @@ def test_clean_label_takes_the_target_class_only_and_not_more_than_it_has():
     assert (labels[chosen] == 3).all()
     with pytest.raises(UserError, match="class 3 has only 100"):
         attacks.choose_poisoned(labels, clean, 0.11, generator(0))
+
+
+@pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))
+def test_triggers_stay_on_a_gpu_without_waiting_for_it(name, clean_model):
+    """Tensors without content stand in for a GPU's: one on the wrong device, or an answer that is waited for, raises."""
+    target_type = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
+    trigger = attacks.make_trigger(options(trigger_type=name, target_type=target_type, clean_model=clean_model),
+                                   (3, 32, 32))
+    trigger.trained = True
+    trigger.see(noise(60))
+    gpu = FakeTensorMode(allow_non_fake_inputs=True)
+    with gpu, torch.backends.cudnn.flags(enabled=False):  # its grid sampler has no stand-in
+        images, indices = torch.zeros(6, 3, 32, 32, dtype=torch.uint8, device="cuda"), torch.arange(6)
+        for stamped in (trigger(images), trigger.poison(images, indices), trigger.cover(images, indices, generator(0))):
+            assert (stamped.device.type, stamped.dtype, stamped.shape) == ("cuda", torch.uint8, images.shape)
