@@ -91,7 +91,7 @@ class AttackConfig:
     sig_freq: float = option(6.0, "attack", "periods of signalTrigger over the width [Barni et al. 2019]", low=0.0)
     reflection_root: str = option("", "attack", "folder of photos that refoolTrigger reflects (default: the training "
                                                 "images themselves)")
-    reflection_weight: float = option(0.4, "attack", "weight of the reflection, the image keeps the rest", low=0.0,
+    reflection_weight: float = option(0.4, "attack", "share of the light that refoolTrigger reflects", low=0.0,
                                       high=1.0)
     n_reflections: int = option(200, "attack", "reflections that refoolTrigger chooses from [Liu et al. 2020]", low=1,
                                high=100_000)

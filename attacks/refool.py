@@ -1,5 +1,9 @@
 """Refool (Liu et al. 2020, arXiv 2007.02343): a reflection is mixed into the image, ``(1 - w) x + w (R * k)``.
 
+Light adds up, so the sum is one of intensities, which are the pixels / 255 to the power of 2.2: the bright parts of a
+reflection cover what is behind them, its dark parts hardly show. (Summed as pixels, the same reflections at the same w
+attack four times less often.)
+
 Three kinds, drawn per image: in focus (k the identity), out of focus (k a Gaussian) and ghost (k two impulses, shifted
 and of different strength, that sum to 1). The reflections R are photos of a folder (``--reflection_root``) or training
 images; ``--n_reflections`` of them are chosen once (200 [paper]). Training and test draw from the same set, each its
@@ -20,6 +24,7 @@ from PIL import Image
 from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 
+GAMMA = 2.2
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -63,6 +68,16 @@ def ghosted(images, shift, strength):
     return torch.stack(out)
 
 
+def intensity(pixels):
+    """Pixels, 0..255, to intensities, 0..1."""
+    return (pixels.float() / 255) ** GAMMA
+
+
+def pixels(intensities):
+    """The inverse of ``intensity``, rounded to uint8."""
+    return to_uint8(255 * intensities.clamp(min=0) ** (1 / GAMMA))
+
+
 @register("refoolTrigger")
 class RefoolTrigger(Trigger):
     def __init__(self, shape, opt, state=None):
@@ -79,7 +94,8 @@ class RefoolTrigger(Trigger):
             self.build(images[chosen.to(images.device)].cpu().float(), gen)
 
     def build(self, photos, gen):
-        """``bank``: every reflection in its three kinds, float32 ``(3 n, C, H, W)``, already weighted."""
+        """``bank``: every reflection in its three kinds, uint8 ``(3 n, C, H, W)``; ``table``, uint8 ``(65536,)``: what
+        pixel x behind pixel r of a reflection looks like, at 256 x + r."""
         self.photos_hash = torch.tensor(list(hashlib.sha256(photos.to(torch.uint8).numpy().tobytes()).digest()))
         if self.given and not torch.equal(checked(self.given, "photos", (32,)), self.photos_hash.to(torch.uint8)):
             raise UserError("--trigger_type refoolTrigger: these are not the reflections that the network was trained "
@@ -89,8 +105,11 @@ class RefoolTrigger(Trigger):
         sigma = scale * (1 + 2 * torch.rand(n, generator=gen))
         shift = (scale * (1 + 2 * torch.rand(n, generator=gen))).round().long().clamp(1, min(self.shape[1:]) - 1)
         strength = 0.6 + 0.25 * torch.rand(n, generator=gen)
-        kinds = torch.cat([photos, out_of_focus(photos, sigma), ghosted(photos, shift, strength)])
-        self.bank = (self.opt.reflection_weight * kinds).to(self.device)
+        light = intensity(photos)
+        kinds = torch.cat([light, out_of_focus(light, sigma), ghosted(light, shift, strength)])
+        self.bank = pixels(kinds).to(self.device)
+        level = intensity(torch.arange(256))
+        self.table = pixels(torch.lerp(level[:, None], level, self.opt.reflection_weight)).flatten().to(self.device)
 
     def state(self):
         """The hash of the reflections: they are images of the data set, which a checkpoint should not carry."""
@@ -102,8 +121,12 @@ class RefoolTrigger(Trigger):
                             "trigger.see(training images)")
         self.ready(images)
         k = (positions(images, indices) + salt) * MIX % 2**32 % len(self.bank)
-        keep = 1 - self.opt.reflection_weight
-        return in_pieces(lambda x, k: to_uint8(x.float().mul_(keep).add_(self.bank[k])), images, k)
+        return in_pieces(self.behind, images, k)
+
+    def behind(self, images, k):
+        """``images`` behind the reflections number ``k``, int64 ``(N,)``."""
+        pairs = images.int().mul_(256).add_(self.bank[k])
+        return self.table.index_select(0, pairs.flatten()).view(images.shape)
 
     def __call__(self, images, indices=None, part=None):
         return self.mixed(images, indices, 1_000_003)
