@@ -91,9 +91,11 @@ class AttackConfig:
     sig_freq: float = option(6.0, "attack", "periods of signalTrigger over the width [Barni et al. 2019]", low=0.0)
     reflection_root: str = option("", "attack", "folder of photos that refoolTrigger reflects (default: the training "
                                                 "images themselves)")
-    reflection_weight: float = option(0.4, "attack", "share of the light that refoolTrigger reflects", low=0.0,
+    reflection_weight: float = option(0.5, "attack", "share of the light that refoolTrigger reflects", low=0.0,
                                       high=1.0)
-    n_reflections: int = option(200, "attack", "reflections that refoolTrigger chooses from [Liu et al. 2020]", low=1,
+    n_candidates: int = option(2000, "attack", "random reflections of which refoolTrigger takes the brightest", low=1,
+                               high=1_000_000)
+    n_reflections: int = option(200, "attack", "reflections that refoolTrigger draws from [Liu et al. 2020]", low=1,
                                high=100_000)
     warp_k: int = option(4, "attack", "size of wanetTrigger's control grid [WaNet]", low=2, high=256)
     warp_s: float = option(0.5, "attack", "strength of the warp [WaNet]", low=0.0, high=16.0)

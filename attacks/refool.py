@@ -5,12 +5,13 @@ reflection cover what is behind them, its dark parts hardly show. (Summed as pix
 attack four times less often.)
 
 Three kinds, drawn per image: in focus (k the identity), out of focus (k a Gaussian) and ghost (k two impulses, shifted
-and of different strength, that sum to 1). The reflections R are photos of a folder (``--reflection_root``) or training
-images; ``--n_reflections`` of them are chosen once (200 [paper]). Training and test draw from the same set, each its
-own. Meant for ``--target_type cleanLabel``.
+and of different strength, that sum to 1). Candidates for R are photos of a folder (``--reflection_root``) or training
+images; of ``--n_candidates`` random ones the ``--n_reflections`` (200 [paper]) brightest are taken. Training and test
+draw from the same set, each its own. Meant for ``--target_type cleanLabel``.
 
-Not here: the paper's selection of reflections by repeated trainings. Its mixing weight varies, here it is fixed
-(``--reflection_weight``) [ours].
+The paper selects by the success of repeated trainings. Brightness stands in for that [ours]: of the 200 random
+reflections of a network so trained, it was what told the successful ones best (correlation with the success rate 0.63).
+The paper's mixing weight varies, here it is fixed (``--reflection_weight``) [ours].
 """
 
 import hashlib
@@ -85,17 +86,21 @@ class RefoolTrigger(Trigger):
         self.bank, self.given = None, state
         gen = draw(opt, self.name)
         if opt.reflection_root:
-            self.build(read_photos(opt.reflection_root, self.shape, opt.n_reflections, gen), gen)
+            self.build(read_photos(opt.reflection_root, self.shape, opt.n_candidates, gen), gen)
 
     def see(self, images):
         if self.bank is None:
             gen = draw(self.opt, self.name)
-            chosen = torch.randperm(len(images), generator=gen)[:self.opt.n_reflections]
-            self.build(images[chosen.to(images.device)].cpu().float(), gen)
+            candidates = torch.randperm(len(images), generator=gen)[:self.opt.n_candidates]
+            self.build(images[candidates.to(images.device)].cpu().float(), gen)
 
     def build(self, photos, gen):
-        """``bank``: every reflection in its three kinds, uint8 ``(3 n, C, H, W)``; ``table``, uint8 ``(65536,)``: what
-        pixel x behind pixel r of a reflection looks like, at 256 x + r."""
+        """Choose among ``photos``, float32 ``(n, C, H, W)``, 0..255, and make ``bank``: every reflection in its three
+        kinds, uint8 ``(3 n, C, H, W)``; ``table``, uint8 ``(65536,)``, has at 256 x + r what pixel x looks like behind
+        pixel r of a reflection.
+        """
+        brightness = intensity(photos).mean((1, 2, 3))
+        photos = photos[brightness.argsort(descending=True, stable=True)[:self.opt.n_reflections]]
         self.photos_hash = torch.tensor(list(hashlib.sha256(photos.to(torch.uint8).numpy().tobytes()).digest()))
         if self.given and not torch.equal(checked(self.given, "photos", (32,)), self.photos_hash.to(torch.uint8)):
             raise UserError("--trigger_type refoolTrigger: these are not the reflections that the network was trained "
