@@ -202,6 +202,53 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     at_loss: str = option("demo", "erasing", "distance of two maps: demo = mean of squares over batch and pixels; "
                                              "paper = l2 norm, mean over the batch (see at.py for the betas)",
                           choices=("demo", "paper"))
+    held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on", low=0.0,
+                             high=1.0)
+    prune_layer: str = option("", "pruning", "convolution or BatchNorm whose channels are pruned (default: the last)")
+    prune_drop: float = option(5.0, "pruning", "pruning goes on while held-out accuracy falls by no more [SAGE's "
+                                               "comparison]", low=0.0, high=100.0, unit="points")
+    linf_norm: str = option("linf", "pruning", "norm by which linf_pruning compares channels [paper: linf]",
+                            choices=("linf", "l1", "l2"))
+    linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning", low=0.0, high=100.0, unit="points")
+    clp_u: float = option(3.0, "pruning", "clp prunes channels this many standard deviations above the mean [paper]",
+                          low=0.0)
+    sage_beta: float = option(300.0, "sage", "weight of each path's loss [paper: 300]", low=0.0)
+    sage_paths: list = option([], "sage", "paths such as 1-2 2-3 between stages, the shallow one teaches (default: "
+                                          "each stage and the next [paper])")
+    sage_lr: float = option(0.01, "sage", "learning rate at first", low=0.0)
+    sage_rate: str = option("dynamic", "sage", "dynamic = halved by the rules C1 and C2 [paper]; fixed; step = divided "
+                                               "by 10 every 2 epochs", choices=("dynamic", "fixed", "step"))
+    sage_interval: int = option(2, "sage", "P, the epochs between two looks at the rate", low=1, unit="epochs")
+    sage_rho: float = option(0.75, "sage", "rho, the share of an interval's epochs in which the loss has to fall",
+                             low=0.0, high=1.0)
+    nc_steps: int = option(1000, "neural cleanse", "steps of the search for triggers, all labels at once", low=10)
+    nc_batch_size: int = option(32, "neural cleanse", "clean images a label and step [paper's code]", low=1,
+                                unit="images")
+    nc_lr: float = option(0.1, "neural cleanse", "Adam's learning rate [paper's code]", low=0.0)
+    nc_lambda: float = option(1e-3, "neural cleanse", "weight of the mask's size at first [paper's code]", low=0.0)
+    nc_mitigation: str = option("unlearn", "neural cleanse", "unlearn = fine-tune with the triggers under true labels; "
+                                                             "prune the channels that they raise",
+                                choices=("unlearn", "prune"))
+    nc_share: float = option(0.2, "neural cleanse", "share of the clean subset that carries them in unlearning [paper]",
+                             low=0.0, high=1.0)
+    mcr_t: float = option(0.3, "mcr", "place on the curve; 0 is the network itself, 1 its fine-tuned version", low=0.0,
+                          high=1.0)
+    mcr_epochs: int = option(10, "mcr", "epochs in which the curve is trained, at --ft_lr", low=1, unit="epochs")
+    anp_steps: int = option(2000, "anp", "steps in which the masks are trained [paper]", low=1)
+    anp_batch_size: int = option(128, "anp", "batch size [paper]", low=2, unit="images")
+    anp_lr: float = option(0.2, "anp", "learning rate of the masks [paper]", low=0.0)
+    anp_eps: float = option(0.4, "anp", "bound of the disturbance, relative [paper]", low=0.0)
+    anp_alpha: float = option(0.2, "anp", "weight of the undisturbed loss [paper]", low=0.0, high=1.0)
+    anp_threshold: float = option(0.2, "anp", "channels with a smaller mask are pruned [paper]", low=0.0, high=1.0)
+    ibau_rounds: int = option(5, "ibau", "rounds [paper]", low=1)
+    ibau_lr: float = option(1e-3, "ibau", "Adam's learning rate", low=0.0)
+    ibau_batch_size: int = option(100, "ibau", "batch size", low=2, unit="images")
+    ibau_inner_lr: float = option(10.0, "ibau", "learning rate of the perturbation [paper's code]", low=0.0)
+    ibau_penalty: float = option(1e-3, "ibau", "weight of the perturbation's l2 norm [paper's code]", low=0.0)
+    ibau_eta: float = option(0.1, "ibau", "step of the fixed-point map [paper's code]", low=0.0)
+    ibau_iterations: int = option(5, "ibau", "fixed-point iterations of the hypergradient [paper]", low=0)
+    ftsam_lr: float = option(0.01, "ftsam", "learning rate", low=0.0)
+    ftsam_rho: float = option(2.0, "ftsam", "radius of the disturbance of the weights [BackdoorBench]", low=0.0)
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
@@ -298,7 +345,8 @@ def read_config(path, cls, read_checkpoint):
     return stored
 
 
-GROUPS = ("data", "attack", "model", "training", "erasing", "picture", "run")  # in the order of --help
+GROUPS = ("data", "attack", "model", "training", "erasing", "pruning", "sage", "neural cleanse", "mcr", "anp", "ibau",
+          "ftsam", "picture", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 
 

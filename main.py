@@ -9,6 +9,7 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 """
 
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -161,13 +162,15 @@ def main(config):
 
     rows = {"backdoored" if poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
-    if config.defense != "finetune":
-        rows["fine-tuning"] = measure(defenses.get("finetune").erase(model, clean, config, journal))
-    erased = defense.erase(model, clean, config, journal)
-    rows["fine-tuning" if config.defense == "finetune" else config.defense.upper()] = metrics = measure(erased)
+    seconds = {}
+    for kind in dict.fromkeys(["finetune", config.defense]):
+        start = time.perf_counter()
+        erased = defenses.get(kind).erase(model, clean, config, journal)
+        seconds[defenses.title(kind)] = round(time.perf_counter() - start, 2)  # of this process, if it was resumed
+        rows[defenses.title(kind)] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
     journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
-                    **about}, rows, "main.jsonl", train.source, about["attack"])
+                    **about}, rows, "main.jsonl", train.source, attack=about["attack"], defense_seconds=seconds)
 
 
 if __name__ == "__main__":

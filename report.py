@@ -28,6 +28,8 @@ def settled(record):
     """``record`` with every option of today in its configuration, options that it is older than at their defaults."""
     cls = TrainConfig if record["config"]["script"] == "TrainConfig" else EraseConfig
     config = {**as_dict(cls()), **record["config"]}
+    if cls is TrainConfig:
+        config.update(attacks.without_unused(config))
     attack = record.get("attack", {name: config[name] for name in AttackConfig.__dataclass_fields__})
     if cls is EraseConfig and "attack" not in record and config["trigger_type"] == "gridTrigger":
         config["trigger_type"] = "auto"  # which names the same attack

@@ -45,17 +45,26 @@ PRESETS = {  # the attacks of the papers by name: the options that differ from t
     **{f"Shape, {name}": {"trigger_type": "shapeTrigger", "trig_w": 8, "trig_h": 8, "trig_shape": name}
        for name in SHAPES},
 }
+EVERY = ("trigger_type", "target_type", "target_label", "inject_portion", "cover_portion", "trigger_seed")
 OWN_CHOICE = ("trigger_seed", "clean_model")  # do not make another attack
+
+
+def without_unused(options):
+    """All of ``AttackConfig`` as a dict, from the dict ``options``; what is missing or not used has its default."""
+    given = {f.name: options.get(f.name, f.default) for f in fields(AttackConfig)}
+    used = {*EVERY, *getattr(TRIGGERS.get(given["trigger_type"]), "uses", ())}
+    used |= {"source_label"} if given["target_type"] == "classSpecific" else set()
+    return {f.name: given[f.name] if f.name in used else f.default for f in fields(AttackConfig)}
 
 
 def preset_name(options):
     """The name in ``PRESETS`` of the attack with ``options`` (a dict; what is missing has its default), or ''."""
-    def complete_dict(given):
-        return {f.name: given.get(f.name, f.default) for f in fields(AttackConfig) if f.name not in OWN_CHOICE}
+    def what_counts(given):
+        return {name: value for name, value in without_unused(given).items() if name not in OWN_CHOICE}
 
-    wanted = complete_dict(options)
-    return next((name for name, given in PRESETS.items() if complete_dict(given) == wanted), "")
+    wanted = what_counts(options)
+    return next((name for name, given in PRESETS.items() if what_counts(given) == wanted), "")
 
 
-__all__ = ["PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts",
-           "poisoned_labels", "preset_name", "scored"]
+__all__ = ["EVERY", "PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts",
+           "poisoned_labels", "preset_name", "scored", "without_unused"]

@@ -38,6 +38,7 @@ class Trigger:
     """
 
     name = ""
+    uses = ()  # the options of ``AttackConfig`` that this trigger reads, beside those that every attack has
     cover_share = 0.0  # cover samples, triggered with their true label, as a multiple of the poisoned ones
     parts = ()  # names of variants that are measured apart
     clean_label_only = False
@@ -138,6 +139,7 @@ class PatchTrigger(Trigger):
     With ``--transparency t`` the pixels become ``(1 - t) pattern + t image``.
     """
 
+    uses = ("trig_w", "trig_h", "trig_distance", "transparency")
     default_distance = 1  # pixels between patch and image edge
 
     def __init__(self, shape, opt, state=None):

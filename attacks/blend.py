@@ -29,6 +29,8 @@ def read_image(path, shape):
 
 @register("blendTrigger")
 class BlendTrigger(Trigger):
+    uses = ("blend_alpha", "blend_test_alpha", "blend_image")
+
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         self.from_file = bool(state or opt.blend_image)

@@ -49,6 +49,7 @@ def pgd(model, images, label, eps, step, steps, batch_size=250):
 
 @register("clTrigger")
 class CleanLabelTrigger(FourCornerTrigger):
+    uses = (*FourCornerTrigger.uses, "clean_model", "pgd_eps", "pgd_step", "pgd_steps")
     clean_label_only = clean_network = True
 
     def prepare(self, images, label):

@@ -84,6 +84,7 @@ class Joint(nn.Module):
 
 @register("inputAwareTrigger")
 class InputAwareTrigger(Trigger):
+    uses = ("diversity_weight", "mask_density")
     cover_share = 1.0
     joint = True
 

@@ -13,6 +13,7 @@ from config import UserError
 
 @register("multiTrigger")
 class MultiTrigger(PatchTrigger):
+    uses = (*PatchTrigger.uses, "n_triggers")
     """Patches of random black and white pixels per channel: corners, centre, then the middles of the edges."""
 
     def draw(self, h, w):

@@ -81,6 +81,8 @@ def pixels(intensities):
 
 @register("refoolTrigger")
 class RefoolTrigger(Trigger):
+    uses = ("reflection_root", "reflection_weight", "n_candidates", "n_reflections")
+
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         self.bank, self.given = None, state

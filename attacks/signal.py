@@ -18,6 +18,8 @@ def signal(width, delta, freq):
 
 @register("signalTrigger")
 class SignalTrigger(Trigger):
+    uses = ("sig_delta", "sig_freq")
+
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         self.signal = signal(self.shape[2], opt.sig_delta, opt.sig_freq)

@@ -54,6 +54,7 @@ def optimise(model, mask, shape, gen):
 
 @register("trojanTrigger")
 class TrojanTrigger(PatchTrigger):
+    uses = (*PatchTrigger.uses, "clean_model")
     clean_network = True
 
     def draw(self, h, w):

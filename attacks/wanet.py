@@ -27,6 +27,7 @@ def warp_grid(h, w, k, s, gen):
 
 @register("wanetTrigger")
 class WaNetTrigger(Trigger):
+    uses = ("warp_k", "warp_s")
     cover_share = 2.0
 
     def __init__(self, shape, opt, state=None):

@@ -1,7 +1,9 @@
 """Defenses, one file each, known to ``main.py --defense`` by their file's name.
 
-A defense is ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given stays
-bit-identical. It sees the clean subset only, never the trigger and never the test set.
+A defense is a module with ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given
+stays bit-identical. It sees the clean subset only, never the trigger and never the test set. ``check(model, clean_data,
+config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``TITLE`` is its name in
+tables.
 """
 
 import importlib
@@ -13,10 +15,12 @@ NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name):
-    """The module of the defense ``name``, with ``erase``, and ``check(model, clean_data, config)`` if it has one.
-
-    Raises ``UserError`` if there is none.
-    """
+    """The module of the defense ``name``. Raises ``UserError`` if there is none."""
     if name not in NAMES:
         raise UserError(f"--defense: one of {', '.join(NAMES)} is allowed, got {name!r}")
     return importlib.import_module(f"defenses.{name}")
+
+
+def title(name):
+    """What the defense ``name`` is called in tables."""
+    return getattr(get(name), "TITLE", name.upper())

@@ -4,6 +4,8 @@ from utils.data import Batches, make_augment
 from utils.devices import use_bf16
 from utils.engine import clone, cross_entropy, fit
 
+TITLE = "fine-tuning"
+
 
 def recipe(model, config):
     """The arguments of ``utils.engine.fit`` that every stage shares."""

@@ -499,3 +499,32 @@ def test_triggers_stay_on_a_gpu_without_waiting_for_it(name, clean_model):
         images, indices = torch.zeros(6, 3, 32, 32, dtype=torch.uint8, device="cuda"), torch.arange(6)
         for stamped in (trigger(images), trigger.poison(images, indices), trigger.cover(images, indices, generator(0))):
             assert (stamped.device.type, stamped.dtype, stamped.shape) == ("cuda", torch.uint8, images.shape)
+
+
+@pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))
+def test_a_trigger_says_which_options_it_uses(name, clean_model):
+    class Watched(AttackConfig):
+        def __getattribute__(self, key):
+            object.__getattribute__(self, "__dict__").setdefault("read", set()).add(key)
+            return super().__getattribute__(key)
+
+    cls = attacks.TRIGGERS[name]
+    opt = Watched(trigger_type=name, target_type="cleanLabel" if cls.clean_label_only else "all2one",
+                  clean_model=clean_model, pgd_steps=1)
+    opt.data = "CIFAR10"
+    trigger = cls((3, 32, 32), opt)
+    images = noise(4)
+    if not trigger.joint:  # which trains its generator on images first
+        trigger.see(images)
+        trigger(images)
+        trigger.poison(images, torch.arange(4))
+        trigger.prepare(images, 0)
+        read = {key for key in opt.__dict__["read"] if key in AttackConfig.__dataclass_fields__}
+        assert read - {*attacks.EVERY, "source_label"} == set(cls.uses)
+    assert set(cls.uses) <= set(AttackConfig.__dataclass_fields__)
+
+
+def test_options_that_an_attack_does_not_use_do_not_make_another():
+    assert attacks.preset_name({"trigger_type": "wanetTrigger", "trig_w": 9, "source_label": 3}) == "WaNet"
+    assert attacks.preset_name({"trigger_type": "wanetTrigger", "warp_k": 9}) == ""
+    assert attacks.preset_name({"target_type": "classSpecific", "inject_portion": 0.05, "source_label": 3}) == ""

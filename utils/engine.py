@@ -7,6 +7,7 @@ one forward pass of the trained network a step (two would update its BatchNorm s
 import contextlib
 import copy
 import math
+import sys
 import time
 
 import torch
@@ -123,6 +124,9 @@ class Progress:
     def stage_done(self, stage, model):
         """``model`` is what the stage made."""
 
+    def note(self, text):
+        """Something that the user of a defense should know, one line."""
+
     def bar(self, stage, epoch, epochs, steps):
         """A progress bar with ``update()`` for the ``steps`` of an epoch, as a context manager giving it or None."""
         return contextlib.nullcontext()
@@ -135,15 +139,19 @@ class TerminalProgress(Progress):
         return tqdm(total=steps, desc=f"{stage} {epoch + 1}/{epochs}", leave=False, disable=None, unit="step",
                     mininterval=0.2)
 
+    def note(self, text):
+        tqdm.write(text, file=sys.stdout)
+
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
         compiled=False, turn=0.0, freeze_bn=False, progress=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
-    The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``freeze_bn`` keeps the statistics of
-    BatchNorm as they are. An interrupted stage goes on from ``progress.load(stage)``; everything random depends on
-    ``seed``, the batches and the epoch, so that it ends with the same weights. Raises
-    ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
+    The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``lr_schedule`` is a name that ``rate``
+    knows, or a function of the losses of the epochs so far, a list, that gives the factor of the learning rate in the
+    next. ``freeze_bn`` keeps the statistics of BatchNorm as they are. An interrupted stage goes on from
+    ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
+    same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
@@ -166,9 +174,9 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
         for module in model.modules():
             if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+        rate_at = schedule(lr_schedule, epochs, [r["loss"] for r in history])
         with progress.bar(stage, epoch, epochs, len(batches)) as bar:
-            mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim,
-                                             lambda t: rate(lr_schedule, t, epochs), amp, bar)
+            mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim, rate_at, amp, bar)
         if not math.isfinite(mean_loss) or not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; the last good checkpoint is kept. "
                             f"Try a smaller learning rate than {lr}")
@@ -181,6 +189,14 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     model.eval()
     progress.stage_done(stage, model)
     return model
+
+
+def schedule(lr_schedule, epochs, losses):
+    """The factor of the learning rate as a function of the time, in epochs, after epochs with ``losses``."""
+    if callable(lr_schedule):
+        factor = lr_schedule(losses)
+        return lambda t: factor
+    return lambda t: rate(lr_schedule, t, epochs)
 
 
 def clone(model):

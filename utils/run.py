@@ -141,17 +141,17 @@ class Journal(TerminalProgress):
             self.on_epoch(stage, model, record)
         self.history.append(record)
 
-    def finish(self, content, metrics, file, data, attack=None):
+    def finish(self, content, metrics, file, data, **more):
         """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state.
 
-        ``data`` says what the images were read from, ``attack`` (a dict of options) what was measured with.
+        ``data`` says what the images were read from; ``more`` goes into the line as it is, such as ``attack``, the
+        options of what was measured with.
         """
         config = self.config
         if not config.save:
             return
-        measured = {"attack": attack} if attack else {}
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
-                  "inputs": self.inputs, "data": data, **measured, "metrics": metrics, "history": self.history,
+                  "inputs": self.inputs, "data": data, **more, "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
                   "machine": hardware(choose_device(config.device)), "versions": versions()}
         path = Path(config.log_root) / file

@@ -1,0 +1,72 @@
+"""I-BAU, implicit backdoor adversarial unlearning (Zeng et al., ICLR 2022, arXiv 2110.03735).
+
+    min over w of  max over ||d|| of  H(d, w) = mean of CE(f_w(x + d), y)        one d for all images
+
+In each round d is found by gradient ascent on the clean subset; then w takes Adam steps along the hypergradient, which
+follows how d itself would answer a change of w:
+
+    dH/dw + (dd/dw)^T dH/dd,     (dd/dw)^T v  by fixed-point iterations on  Phi(d, w) = d - eta dG/dd
+
+G = -H + ``--ibau_penalty`` ||d||_2 is what the inner problem minimises. BatchNorm's statistics stay as they are [ours].
+"""
+
+import torch
+import torch.nn.functional as F
+
+from utils.data import Batches, make_augment, to_float
+from utils.engine import Progress, clone
+from utils.seeds import generator
+
+TITLE = "I-BAU"
+
+
+def inner(model, images, labels, d, penalty):
+    """G of a batch, a scalar."""
+    return penalty * torch.linalg.vector_norm(d) - F.cross_entropy(model((images + d).clamp(0, 1)), labels)
+
+
+def find_perturbation(model, data, config, gen):
+    """d, float32 ``(1, C, H, W)``: one pass of SGD over ``data`` from 0, minimising G."""
+    d = torch.zeros(1, *data.shape, device=data.images.device, requires_grad=True)
+    order = torch.randperm(len(data), generator=gen).to(data.images.device)
+    with torch.no_grad():
+        guessed = torch.cat([model(to_float(part)).argmax(1) for part in data.images.split(250)])
+    for part in order.split(config.ibau_batch_size):
+        loss = inner(model, to_float(data.images[part]), guessed[part], d, config.ibau_penalty)
+        grad, = torch.autograd.grad(loss, d)
+        with torch.no_grad():
+            d -= config.ibau_inner_lr * grad
+    return d.detach()
+
+
+def hypergradient(model, images, labels, d, config):
+    """The gradient of H by each parameter of ``model``, for a batch at the perturbation ``d``: a list of tensors."""
+    weights = list(model.parameters())
+    d = d.clone().requires_grad_()
+    *direct, v = torch.autograd.grad(F.cross_entropy(model((images + d).clamp(0, 1)), labels), [*weights, d])
+    slope, = torch.autograd.grad(inner(model, images, labels, d, config.ibau_penalty), d, create_graph=True)
+    phi = d - config.ibau_eta * slope
+    total = v
+    for _ in range(config.ibau_iterations):  # total = v + v J + v J^2 + ..., J the Jacobian of Phi by d
+        total = v + torch.autograd.grad(phi, d, total, retain_graph=True)[0]
+    indirect = torch.autograd.grad(phi, weights, total, allow_unused=True)
+    return [a if b is None else a + b for a, b in zip(direct, indirect, strict=True)]
+
+
+def erase(model, clean_data, config, progress=None):
+    """A copy of ``model`` after ``config.ibau_rounds`` rounds of unlearning on ``clean_data``."""
+    clean_data = clean_data.to(next(model.parameters()).device)
+    model = clone(model).eval()
+    adam = torch.optim.Adam(model.parameters(), lr=config.ibau_lr)
+    batches = Batches(clean_data, config.ibau_batch_size, make_augment(config), config.seed, "ibau")
+    gen, progress = generator(config.seed, "ibau"), progress or Progress()
+    for epoch in range(config.ibau_rounds):
+        d = find_perturbation(model, clean_data, config, gen)
+        with progress.bar("ibau", epoch, config.ibau_rounds, len(batches)) as bar:
+            for images, labels in batches.epoch(epoch):
+                for p, g in zip(model.parameters(), hypergradient(model, images, labels, d, config), strict=True):
+                    p.grad = g
+                adam.step()
+                if bar is not None:
+                    bar.update()
+    return model

@@ -1,0 +1,68 @@
+"""Pruning by the l-infinity norm (Cheng et al. 2020, arXiv 2002.12162), with a trigger that was reverse-engineered.
+
+    raised_c = mean over images of  ||relu(F_c(triggered x))||_inf - ||relu(F_c(x))||_inf
+
+for every channel c of the last layer. The channels that the synthetic trigger raises most are switched off, one after
+another; how many is chosen on a held-out part of the clean subset: the fewest at which the synthetic trigger's success
+is lowest while accuracy falls by no more than ``--linf_drop`` points. The real trigger is never seen. ``--linf_norm``
+l1 and l2 take the other norms for comparison. The trigger is Neural Cleanse's, of the label with the smallest mask.
+Nothing is trained.
+"""
+
+import torch
+
+from defenses.neural_cleanse import Triggers, reverse, success
+from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from utils.engine import clone
+
+TITLE = "l-inf pruning"
+
+
+def smallest(triggers):
+    """The ``Triggers`` of the one label among ``triggers`` whose mask is smallest, if any reached half success."""
+    norms = torch.where(triggers.success >= 0.5, triggers.norms, float("inf"))
+    k = int(norms.argmin())
+    return Triggers([triggers.labels[k]], *(getattr(triggers, n)[k:k + 1] for n in ("masks", "patterns", "success")))
+
+
+def raised(model, layer, images, trigger, norm="linf"):
+    """How much the first of ``trigger`` raises the ``norm`` of each channel of ``layer``, float32 ``(channels,)``."""
+    return channel_norms(model, layer, trigger.stamp(images, 0))[norm] - channel_norms(model, layer, images)[norm]
+
+
+def sweep(model, layer, order, measure):
+    """[(number of channels switched off, *measure(network))] for 0, 1, ... of ``order``, int64 ``(channels,)``."""
+    pruned, step = clone(model).eval(), max(1, len(order) // 64)
+    points = [(0, *measure(pruned))]
+    for k in range(step, len(order), step):
+        zero_channels(pruned, layer, order[:k])
+        points.append((k, *measure(pruned)))
+    return points
+
+
+def choose(points, drop):
+    """The number of channels to switch off, from ``points`` (number, accuracy, success of the synthetic trigger)."""
+    allowed = [p for p in points if p[1] >= points[0][1] - drop]
+    return min(allowed, key=lambda p: (p[2], p[0]))[0]
+
+
+def check(model, clean_data, config):
+    """Raise ``UserError`` for a layer or a clean subset that will not do."""
+    last_layer(model, clean_data.images, config.prune_layer)
+    split_off(clean_data, config.held_out, config.seed)
+
+
+def erase(model, clean_data, config, progress=None, trigger=None):
+    """A copy of ``model`` without the channels that the trigger raises most.
+
+    ``trigger`` (``Triggers`` of one label) defaults to the smallest that Neural Cleanse finds on ``clean_data``.
+    """
+    clean_data = clean_data.to(next(model.parameters()).device)
+    rest, held = split_off(clean_data, config.held_out, config.seed)
+    trigger = trigger or smallest(reverse(model, clean_data, config, progress=progress))
+    layer = last_layer(model, rest.images, config.prune_layer)
+    order = raised(model, layer, rest.images, trigger, config.linf_norm).argsort(descending=True)
+    points = sweep(model, layer, order, lambda m: (accuracy(m, held), success(m, held, trigger, 0)))
+    model = clone(model).eval()
+    zero_channels(model, layer, order[:choose(points, config.linf_drop)])
+    return model

@@ -1,0 +1,98 @@
+"""Mode connectivity repair (MCR; Zhao et al., ICLR 2020, arXiv 2005.00060).
+
+    w(t) = (1 - t)^2 w_0 + 2 t (1 - t) theta + t^2 w_1,   t in [0, 1]
+
+w_0 are the weights of the network, w_1 those of its fine-tuned version (or of ``--t_model``), and theta, at first their
+mean, is trained on the clean subset with a t drawn for each batch. The result is w(``--mcr_t``), whose BatchNorm
+statistics are taken on the clean subset.
+"""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from config import UserError
+from defenses.finetune import clean_batches, recipe
+from defenses.finetune import erase as fine_tuned
+from defenses.nad import make_teacher
+from utils.data import to_float
+from utils.engine import clone, fit
+
+
+def weights(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def on_curve(w_0, theta, w_1, t):
+    """The weights w(t), {name: tensor}, of three such dicts."""
+    return {name: (1 - t) ** 2 * w_0[name] + 2 * t * (1 - t) * theta[name] + t**2 * w_1[name] for name in theta}
+
+
+class CurveLoss:
+    """``loss(model, images, labels) -> (loss, logits)`` at a random point of the curve whose bend is ``model``."""
+
+    def __init__(self, w_0, w_1):
+        self.w_0, self.w_1 = w_0, w_1
+
+    def __call__(self, model, images, labels):
+        point = on_curve(self.w_0, dict(model.named_parameters()), self.w_1, torch.rand(()).item())
+        logits = functional_call(model, point, (images,))
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+@torch.no_grad()
+def settle_batchnorm(model, data, batch_size=250):
+    """Replace BatchNorm's statistics in ``model`` by those of ``data`` (``TensorData``)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean over the batches
+    model.train()
+    for part in data.images.split(batch_size):
+        if len(part) > 1:
+            model(to_float(part))
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    return model.eval()
+
+
+@torch.no_grad()
+def at(model, bend, end, t, data):
+    """The network at ``t`` of the curve from ``model`` over ``bend`` to ``end``; statistics from ``data``."""
+    point = clone(model)
+    for name, w in on_curve(weights(model), weights(bend), weights(end), t).items():
+        point.get_parameter(name).copy_(w)
+    return settle_batchnorm(point, data)
+
+
+def check(model, clean_data, config):
+    """Raise ``UserError`` for an other end of the curve that has other weights."""
+    if config.t_model:
+        other = make_teacher(model, clean_data, config)
+        for name, p in model.named_parameters():
+            if name not in dict(other.named_parameters()) or other.get_parameter(name).shape != p.shape:
+                raise UserError(f"--t_model {config.t_model}: no curve leads from --s_model to a network of another "
+                                f"shape ({name}); the same architecture and width is needed")
+
+
+def curve(model, clean_data, config, progress=None):
+    """(bend, other end) of the curve that starts in ``model``, both networks."""
+    clean_data = clean_data.to(next(model.parameters()).device)
+    check(model, clean_data, config)
+    end = make_teacher(model, clean_data, config) if config.t_model else fine_tuned(model, clean_data, config, progress)
+    bend = clone(model)
+    with torch.no_grad():
+        for name, p in bend.named_parameters():
+            p.copy_((p + end.get_parameter(name)) / 2)
+    bend = fit(bend, CurveLoss(weights(model), weights(end)), clean_batches(clean_data, config, "mcr"),
+               epochs=config.mcr_epochs, lr=config.ft_lr, lr_schedule=config.lr_schedule, stage="mcr",
+               progress=progress, **recipe(model, config))
+    return bend, end
+
+
+def erase(model, clean_data, config, progress=None):
+    """The network at ``config.mcr_t`` of the curve between ``model`` and its fine-tuned version."""
+    clean_data = clean_data.to(next(model.parameters()).device)
+    bend, end = curve(model, clean_data, config, progress)
+    return at(model, bend, end, config.mcr_t, clean_data)

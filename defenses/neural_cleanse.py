@@ -1,0 +1,200 @@
+"""Neural Cleanse (Wang et al., IEEE S&P 2019): reverse-engineer a trigger for every label; a small one betrays itself.
+
+    min over mask m, pattern d of  CE(f((1 - m) x + m d), t) + lambda_t ||m||_1      for every label t
+
+m (H, W) and d (C, H, W) run through tanh into [0, 1]. All labels are optimised at once, as a batch dimension of their
+own. lambda_t starts at ``--nc_lambda`` and is multiplied by 1.5 when the success rate was at least 99% in 5 checks in a
+row, divided by 1.5^1.5 when it was below in 5; the smallest mask of a check that reached 99% counts. A label whose
+mask's l1 norm is an outlier on the small side (anomaly index above 2) is taken for a backdoor's target.
+
+As mitigation (``--nc_mitigation``): "unlearn" fine-tunes with the reversed triggers on a fifth of the clean subset
+under true labels; "prune" switches off, in the last layer, the channels that they raise most. Both as in the paper.
+Where no label stands out, the network stays as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from config import UserError
+from defenses.finetune import clean_batches, recipe
+from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from utils.data import TensorData, to_float
+from utils.devices import use_bf16
+from utils.engine import Progress, autocast, clone, cross_entropy, fit, predict
+from utils.seeds import generator
+
+TITLE = "Neural Cleanse"
+
+SUCCESS, PATIENCE, RAISE = 0.99, 5, 1.5  # [paper's code]
+CHECK_EVERY = 10  # steps over which a success rate is taken
+AT_ONCE = 10  # labels in one batched optimisation
+
+
+class Triggers:
+    """Reversed triggers of ``labels``: ``masks`` (L, 1, H, W) and ``patterns`` (L, C, H, W), float32 in [0, 1].
+
+    ``norms`` (L,): the l1 norms of the masks, in pixels; ``success`` (L,): shares of clean images that each sends to
+    its label.
+    """
+
+    def __init__(self, labels, masks, patterns, success):
+        self.labels, self.masks, self.patterns, self.success = labels, masks, patterns, success
+        self.norms = masks.sum((1, 2, 3))
+
+    def stamp(self, images, k):
+        """uint8 ``images`` (N, C, H, W) with the triggers number ``k``, an int or int64 ``(N,)``."""
+        m, d = self.masks[k].to(images.device), self.patterns[k].to(images.device)
+        return (images.float() * (1 - m) + 255 * m * d).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def anomaly_indices(norms):
+    """``|n - median| / (1.4826 MAD)`` of each of ``norms`` (L,); those above the median get a negative sign.
+
+    1.4826 makes MAD, the median absolute deviation, a standard deviation if the norms were normal. The median of an
+    even number is the mean of the middle two.
+    """
+    norms = norms.double()
+    off = norms - norms.quantile(0.5)
+    mad = 1.4826 * off.abs().quantile(0.5)
+    return -off / mad.clamp(min=1e-12)
+
+
+def reverse(model, data, config, labels=None, progress=None):
+    """The smallest triggers that send the images of ``data`` (``TensorData``) to each of ``labels`` (default: all)."""
+    device = next(model.parameters()).device
+    labels = list(range(data.n_classes)) if labels is None else list(labels)
+    parts = [reverse_some(model, data.to(device), config, labels[k:k + AT_ONCE], progress)
+             for k in range(0, len(labels), AT_ONCE)]
+    found = [torch.cat([getattr(part, name) for part in parts]) for name in ("masks", "patterns", "success")]
+    return Triggers(labels, *found)
+
+
+def reverse_some(model, data, config, labels, progress):
+    model = clone(model).eval().requires_grad_(False)
+    device, (c, h, w), n, b = data.images.device, data.shape, len(labels), min(config.nc_batch_size, len(data))
+    gen = generator(config.seed, "neural cleanse", *map(str, labels))
+    raw_mask = (torch.rand(n, 1, h, w, generator=gen).to(device) * 2 - 1).requires_grad_()
+    raw_pattern = (torch.rand(n, c, h, w, generator=gen).to(device) * 2 - 1).requires_grad_()
+    adam = torch.optim.Adam([raw_mask, raw_pattern], lr=config.nc_lr, betas=(0.5, 0.9))
+    weight = torch.full((n,), config.nc_lambda, device=device)
+    wanted = torch.tensor(labels, device=device)
+    above, below = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
+    best_norm, hits = torch.full((n,), float("inf"), device=device), torch.zeros(n, device=device)
+    best_mask, best_pattern = torch.ones(n, 1, h, w, device=device), torch.zeros(n, c, h, w, device=device)
+    amp = use_bf16(config.amp, device)
+    with (progress or Progress()).bar(f"labels {labels[0]}-{labels[-1]}", 0, 1, config.nc_steps) as bar:
+        for step in range(config.nc_steps):
+            chosen = torch.randint(0, len(data), (b,), generator=gen).to(device)
+            x = to_float(data.images[chosen])
+            m, d = (torch.tanh(raw) / 2 + 0.5 for raw in (raw_mask, raw_pattern))
+            triggered = ((1 - m[:, None]) * x + (m * d)[:, None]).flatten(0, 1)  # (n b, C, H, W)
+            with autocast(device, amp):
+                logits = model(triggered.contiguous(memory_format=torch.channels_last))
+            targets = wanted.repeat_interleave(b)
+            ce = F.cross_entropy(logits.float(), targets, reduction="none").view(n, b).mean(1)
+            sizes = m.sum((1, 2, 3))
+            adam.zero_grad()
+            (ce + weight * sizes).sum().backward()
+            with torch.no_grad():
+                hits += (logits.argmax(1) == targets).view(n, b).float().mean(1)
+                if step % CHECK_EVERY == CHECK_EVERY - 1:
+                    good = hits / CHECK_EVERY >= SUCCESS
+                    better = good & (sizes < best_norm)
+                    best_norm = torch.where(better, sizes, best_norm)
+                    best_mask = torch.where(better[:, None, None, None], m, best_mask)
+                    best_pattern = torch.where(better[:, None, None, None], d, best_pattern)
+                    above, below = torch.where(good, above + 1, 0), torch.where(good, 0, below + 1)
+                    weight = torch.where(above >= PATIENCE, weight * RAISE, weight)
+                    weight = torch.where(below >= PATIENCE, weight / RAISE**1.5, weight)
+                    above, below = above % PATIENCE, below % PATIENCE
+                    hits.zero_()
+            adam.step()
+            if bar is not None:
+                bar.update()
+    never = ~torch.isfinite(best_norm)[:, None, None, None]  # no check reached 99%: the last one is what there is
+    with torch.no_grad():
+        best_mask, best_pattern = torch.where(never, m, best_mask), torch.where(never, d, best_pattern)
+    found = Triggers(labels, best_mask.detach(), best_pattern.detach(), None)
+    found.success = torch.stack([(predict(model, found.stamp(data.images, k)) == t).float().mean()
+                                 for k, t in enumerate(labels)])
+    return found
+
+
+def outliers(triggers, limit=2.0):
+    """The positions in ``triggers.labels`` of the labels whose masks are small outliers, the smallest first."""
+    index = anomaly_indices(triggers.norms)
+    order = triggers.norms.argsort()
+    return [k for k in order.tolist() if index[k] > limit]
+
+
+class Restamped(TensorData):
+    """``data`` of which a share, drawn once, carries one of the ``triggers`` number ``which`` under its true label."""
+
+    def __init__(self, data, triggers, which, share, seed):
+        super().__init__(data.images, data.labels, data.classes)
+        gen = generator(seed, "unlearn")
+        self.triggers = triggers
+        self.kind = torch.full((len(data),), -1)
+        chosen = torch.randperm(len(data), generator=gen)[:round(share * len(data))]
+        self.kind[chosen] = torch.tensor(which)[torch.randint(0, len(which), (len(chosen),), generator=gen)]
+
+    def stamped(self, images, indices, epoch=0):
+        rows = (self.kind[indices] >= 0).nonzero().flatten()
+        there, out = rows.to(images.device), images.clone()
+        out[there] = self.triggers.stamp(images[there], self.kind[indices[rows]].to(self.triggers.masks.device))
+        return out
+
+
+def success(model, data, triggers, k):
+    """Percent of the images of ``data`` that the trigger number ``k`` sends to its label, others than its own."""
+    there = data.labels != triggers.labels[k]
+    return 100 * (predict(model, triggers.stamp(data.images[there], k)) == triggers.labels[k]).double().mean().item()
+
+
+def prune(model, clean_data, config, triggers, which):
+    """Switch off the channels that the triggers raise most, until they fail (success < 5%) or accuracy drops."""
+    rest, held = split_off(clean_data, config.held_out, config.seed)
+    layer = last_layer(model, rest.images, config.prune_layer)
+    clean = channel_norms(model, layer, rest.images)["l1"]
+    raised = torch.stack([channel_norms(model, layer, triggers.stamp(rest.images, k))["l1"] - clean for k in which])
+    order, floor = raised.amax(0).argsort(descending=True), accuracy(model, held) - config.prune_drop
+    pruned, count, step = clone(model).eval(), 0, max(1, len(order) // 64)
+    for k in range(step, len(order), step):
+        if max(success(pruned, held, triggers, j) for j in which) < 5:
+            break
+        zero_channels(pruned, layer, order[:k])
+        if accuracy(pruned, held) < floor:
+            break
+        count = k
+    model = clone(model).eval()
+    zero_channels(model, layer, order[:count])
+    return model
+
+
+def check(model, clean_data, config):
+    """Raise ``UserError`` for a clean subset or layer that will not do."""
+    if clean_data.n_classes < 3:
+        raise UserError(f"--defense neural_cleanse: compares the labels with each other, and {clean_data.n_classes} "
+                        f"are too few for that")
+    if config.nc_mitigation == "prune":
+        last_layer(model, clean_data.images, config.prune_layer)
+        split_off(clean_data, config.held_out, config.seed)
+
+
+def erase(model, clean_data, config, progress=None):
+    """A copy of ``model`` in which the triggers that were found on ``clean_data`` are unlearned or pruned."""
+    clean_data = clean_data.to(next(model.parameters()).device)
+    triggers = reverse(model, clean_data, config, progress=progress)
+    which = outliers(triggers)
+    if progress:
+        names = ", ".join(str(triggers.labels[k]) for k in which)
+        progress.note(f"Neural Cleanse suspects label {names}" if which else
+                      "Neural Cleanse suspects no label: the network stays as it is")
+    if not which:
+        return clone(model).eval()
+    if config.nc_mitigation == "prune":
+        return prune(model, clean_data, config, triggers, which)
+    data = Restamped(clean_data, triggers, which, config.nc_share, config.seed)
+    return fit(clone(model), cross_entropy, clean_batches(data, config, "finetune"), epochs=config.epochs,
+               lr=config.ft_lr, lr_schedule=config.lr_schedule, stage="neural_cleanse", progress=progress,
+               **recipe(model, config))

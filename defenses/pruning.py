@@ -1,0 +1,45 @@
+"""Pruning of dormant channels: the first half of fine-pruning (Liu et al., RAID 2018, arXiv 1805.12185).
+
+    rank the channels of the last layer by their mean activation on clean images
+    switch off the lowest, one after another, while clean accuracy falls by no more than --prune_drop points
+
+The accuracy is that of a held-out part of the clean subset (``--held_out``). Channels that a trigger uses and clean
+images do not are the first to go; where both use the same ones, this cannot work.
+"""
+
+from config import UserError
+from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from utils.engine import clone
+
+TITLE = "pruning"
+
+
+def dormant(model, clean_data, config):
+    """(name of the layer, the channels to switch off, int64 ``(k,)``)."""
+    rest, held = split_off(clean_data, config.held_out, config.seed)
+    layer = last_layer(model, rest.images, config.prune_layer)
+    order = channel_norms(model, layer, rest.images)["l1"].argsort()
+    pruned, floor, count = clone(model).eval(), accuracy(model, held) - config.prune_drop, 0
+    step = max(1, len(order) // 64)
+    for k in range(step, len(order), step):
+        zero_channels(pruned, layer, order[:k])
+        if accuracy(pruned, held) < floor:
+            break
+        count = k
+    return layer, order[:count]
+
+
+def check(model, clean_data, config):
+    """Raise ``UserError`` for a layer or a clean subset that will not do."""
+    last_layer(model, clean_data.images, config.prune_layer)
+    if not 0 < config.held_out < 1:
+        raise UserError(f"--held_out {config.held_out}: more than 0 and less than 1 is needed")
+    split_off(clean_data, config.held_out, config.seed)
+
+
+def erase(model, clean_data, config, progress=None):
+    """A copy of ``model`` without the channels that are dormant on ``clean_data``."""
+    clean_data = clean_data.to(next(model.parameters()).device)
+    model = clone(model).eval()
+    zero_channels(model, *dormant(model, clean_data, config))
+    return model

@@ -1,0 +1,373 @@
+"""The defenses beside NAD: the common contract, one real step each, and their formulas by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import defenses
+from config import EraseConfig, UserError
+from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, neural_cleanse, pruning, sage
+from models import Features, build
+from utils.channels import KeptAtZero, channel_norms, last_layer, split_off, zero_channels
+from utils.data import Batches, TensorData, to_float
+from utils.engine import clone, cross_entropy, fit
+
+
+def toy(n=64, classes=10, size=16):
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return TensorData(images, torch.arange(n) % classes, range(classes))
+
+
+def short(**changes):
+    options = {"epochs": 1, "teacher_epochs": 1, "mcr_epochs": 1, "batch_size": 16, "s_name": "WRN-10-1", "amp": "off",
+               "nc_steps": 20, "nc_batch_size": 2, "anp_steps": 3, "anp_batch_size": 32, "ibau_rounds": 1,
+               "ibau_batch_size": 32, "ibau_iterations": 2}
+    return EraseConfig(**{**options, **changes})
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return build("WRN-10-1", 10).eval()
+
+
+@pytest.mark.parametrize("arch", ["WRN-10-1", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", defenses.NAMES)
+def test_a_defense_returns_a_new_model_and_leaves_the_old_one_alone(name, arch):
+    torch.manual_seed(0)
+    model, data, config = build(arch, 10, image_size=32).eval(), toy(32, 4, 32), short(s_name=arch, anp_threshold=0.99)
+    data.classes = list("abcdefghij")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    erased = defenses.get(name).erase(model, data, config)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not model.training
+    assert not erased.training
+    assert all(torch.isfinite(v).all() for v in erased.state_dict().values() if v.is_floating_point())
+    assert erased.state_dict().keys() == before.keys()
+    if name not in ("neural_cleanse", "clp", "pruning", "linf_pruning"):  # which may find nothing to do
+        assert any(not torch.equal(before[k], v) for k, v in erased.state_dict().items())
+
+
+def test_titles():
+    assert [defenses.title(name) for name in ("nad", "ibau", "fine_pruning")] == ["NAD", "I-BAU", "fine-pruning"]
+
+
+# ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_the_last_layer_is_the_last_that_runs():
+    assert last_layer(network(), toy().images) == "bn1"
+    assert last_layer(build("torchvision:resnet18", 10), toy(4, size=32).images) == "layer4.1.bn2"
+    with pytest.raises(UserError, match="--prune_layer nowhere.*block1.layer.0.conv1"):
+        last_layer(network(), toy().images, "nowhere")
+
+
+@pytest.mark.parametrize("layer", ["bn1", "block3.layer.0.conv2"])
+def test_pruned_channels_are_zero_and_stay_so_through_fine_tuning(layer):
+    model, gone, data = network(), torch.tensor([0, 5, 7]), toy()
+
+    def outputs():
+        with Features(model, [layer]) as taken, torch.no_grad():
+            model.eval()(to_float(data.images))
+            return taken.outputs()[0]
+
+    zero_channels(model, layer, gone)
+    assert (outputs()[:, gone] == 0).all()
+    before = model.get_parameter(f"{layer}.weight").detach().clone()
+    with KeptAtZero(model, layer, gone):
+        fit(model, cross_entropy, Batches(data, 16), epochs=2, lr=0.1, lr_schedule="constant", momentum=0.9,
+            weight_decay=1e-2, seed=0, stage="test")
+    assert (outputs()[:, gone] == 0).all()
+    after = model.get_parameter(f"{layer}.weight").detach()
+    kept = torch.ones(len(after), dtype=torch.bool)
+    kept[gone] = False
+    assert (after[kept] != before[kept]).flatten(1 if after.ndim > 1 else 0).any()
+
+
+def test_channel_norms_by_hand():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1, bias=False)
+            self.conv.weight.data = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3))
+
+    images = torch.tensor([[[[0, 51], [102, 204]]], [[[255, 0], [0, 0]]]], dtype=torch.uint8)  # 0 .2 .4 .8; 1 0 0 0
+    norms = channel_norms(Two(), "conv", images)
+    assert norms["linf"].tolist() == pytest.approx([0.9, 0])
+    assert norms["l1"].tolist() == pytest.approx([(1.4 + 1) / 2, 0])
+    assert norms["l2"].tolist() == pytest.approx([(math.sqrt(0.84) + 1) / 2, 0])
+
+
+def test_dormant_channels_go_while_accuracy_holds():
+    data, model = toy(), network()
+    model.bn1.bias.data[10:] = -100.0  # never active
+    layer, gone = pruning.dormant(model, data, short(prune_drop=0.0))
+    assert layer == "bn1"
+    assert set(range(10, 64)) <= set(gone.tolist())
+    every = pruning.dormant(model, data, short(prune_drop=100.0))[1]
+    assert len(every) == 63
+
+
+def test_held_out_parts_have_every_class_and_small_sets_are_refused():
+    rest, held = split_off(toy(64), 0.2, 1)
+    assert len(rest) + len(held) == 64
+    assert set(held.labels.tolist()) == set(range(10))
+    with pytest.raises(UserError, match="has 1 image of class 4.*--ratio"):
+        split_off(toy(14), 0.2, 1)
+
+
+def test_clp_prunes_the_channel_that_stands_out():
+    model = network()
+    assert dict(clp.pairs(model, toy().images))["block1.layer.0.conv1"] == "block1.layer.0.bn2"
+    conv, norm = model.block3.layer[0].conv1, model.block3.layer[0].bn2
+    torch.manual_seed(0)
+    conv.weight.data.normal_()
+    expected = torch.stack([torch.linalg.svdvals(k.flatten(1))[0] for k in conv.weight]) \
+        * norm.weight.abs() / (norm.running_var + 1e-5).sqrt()
+    assert torch.allclose(clp.bounds(conv, norm), expected, rtol=1e-4)
+    conv.weight.data[3] *= 50
+    erased = clp.erase(model, toy(), short())
+    assert erased.block3.layer[0].bn2.weight[3] == 0
+    assert (erased.block3.layer[0].bn2.weight != 0).sum() == 63
+
+
+def test_linf_pruning_takes_the_fewest_channels_that_stop_the_synthetic_trigger():
+    points = [(0, 80.0, 99.0), (1, 79.0, 60.0), (2, 78.0, 5.0), (3, 77.5, 5.0), (4, 70.0, 0.0)]
+    assert linf_pruning.choose(points, 3.0) == 2
+    assert linf_pruning.choose(points, 1.5) == 1
+    assert linf_pruning.choose(points, 50.0) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- SAGE
+
+
+def test_the_rate_is_halved_by_c1_and_c2():
+    # P = 2, rho 0.75: both epochs of an interval must have fallen; the first epoch of all counts as one that fell
+    assert sage.rate_factor([], 2, 0.75) == 1
+    assert sage.rate_factor([3.0], 2, 0.75) == 1
+    assert sage.rate_factor([3.0, 2.0], 2, 0.75) == 1
+    assert sage.rate_factor([3.0, 3.5], 2, 0.75) == 0.5                   # C1
+    assert sage.rate_factor([3.0, 2.0, 1.9, 1.8], 2, 0.75) == 1           # fell, and the maximum 3 -> 1.9
+    assert sage.rate_factor([3.0, 2.0, 2.5, 1.8], 2, 0.75) == 0.5         # C1: 2 -> 2.5 did not fall
+    # rho 0.5: one of two is enough, so that C2 decides
+    assert sage.rate_factor([3.0, 2.0, 3.1, 1.8], 2, 0.5) == 0.5          # C2: kept before, maximum 3 -> 3.1
+    assert sage.rate_factor([3.0, 2.0, 2.9, 1.8], 2, 0.5) == 1            # maximum 3 -> 2.9
+    assert sage.rate_factor([3.0, 2.0, 3.1, 1.8, 3.2, 1.0], 2, 0.5) == 0.5  # changed before: C2 has to wait
+    assert sage.rate_factor([3.0, 2.0, 3.1, 1.8, 3.2, 1.0, 3.3, 0.9], 2, 0.5) == 0.25
+    assert sage.rate_factor([1.0] * 6, 2, 0.0) == 0.5  # never C1: kept, C2, kept
+
+
+def test_self_attention_is_zero_where_the_maps_agree_and_its_target_is_detached():
+    model, images, labels = network().train(), torch.rand(4, 3, 16, 16), torch.arange(4)
+    same, _ = sage.SADLoss([("block1", "block1")], 300.0)(model, images, labels)
+    assert same.item() == pytest.approx(F.cross_entropy(model(images), labels).item(), abs=1e-5)
+    loss, _ = sage.SADLoss([("block1", "block2")], 1e6)(model, images, labels)
+    plain = cross_entropy(model, images, labels)[0]
+    term = loss - plain
+    assert term > 1
+    assert model.block2.layer[0].conv1.weight.grad is None
+    term.backward()
+    assert model.block2.layer[0].conv1.weight.grad.abs().max() > 1e-3
+    # block1 is reached through block2 only: with the maps of a fixed block2 nothing is left
+    with torch.no_grad():
+        fixed = [f.clone() for f in features_of(model, images)]
+    shallow = fixed[0].requires_grad_()
+    from at import at_loss
+    at_loss(fixed[1], shallow.detach()).requires_grad_().backward()
+    assert shallow.grad is None
+
+
+def features_of(model, images):
+    with Features(model, ["block1", "block2"]) as taken:
+        model(images)
+        return taken.outputs()
+
+
+def test_paths():
+    model = network()
+    assert sage.paths(model, short()) == [("block1", "block2"), ("block2", "block3")]
+    assert sage.paths(model, short(sage_paths=["1-3"])) == [("block1", "block3")]
+    for wrong in ("3-1", "1-4", "1", "a-b"):
+        with pytest.raises(UserError, match=rf"--sage_paths {wrong}.*1 to 3 \(block1, block2, block3\)"):
+            sage.paths(model, short(sage_paths=[wrong]))
+    with pytest.raises(UserError, match="at least two stages.*has 1"):
+        sage.check(model, toy(), short(layers=["block1"]))
+    with pytest.raises(UserError, match="--layers nowhere.*it has conv1, block1"):
+        sage.check(model, toy(), short(layers=["block1", "nowhere"]))
+
+
+# ---------------------------------------------------------------------------------------------------- MCR, ANP, FT-SAM
+
+
+def test_the_ends_of_the_curve_are_the_two_models():
+    a, b, bend = network(0), network(1), network(2)
+    w_a, w_b, theta = mcr.weights(a), mcr.weights(b), mcr.weights(bend)
+    for t, end in ((0.0, w_a), (1.0, w_b)):
+        assert all(torch.equal(v, end[k]) for k, v in mcr.on_curve(w_a, theta, w_b, t).items())
+    middle = mcr.on_curve(w_a, theta, w_b, 0.5)["fc.bias"]
+    assert torch.allclose(middle, 0.25 * w_a["fc.bias"] + 0.5 * theta["fc.bias"] + 0.25 * w_b["fc.bias"])
+
+
+def test_batchnorm_is_settled_on_the_clean_subset():
+    data, model = toy(64), network()
+    expected = F.conv2d(to_float(data.images), model.conv1.weight, padding=1).mean((0, 2, 3))
+    settled = mcr.settle_batchnorm(clone(model), data)
+    assert torch.allclose(settled.block1.layer[0].bn1.running_mean, expected, atol=1e-5)
+    assert settled.bn1.momentum == 0.1
+
+
+def test_a_curve_to_another_width_is_refused(tmp_path):
+    torch.save({"state_dict": build("WRN-10-2", 10).state_dict()}, tmp_path / "wide.tar")
+    with pytest.raises(UserError, match="no curve leads.*same architecture and width"):
+        mcr.check(network(), toy(), short(t_model=str(tmp_path / "wide.tar"), t_name="WRN-10-2"))
+
+
+def test_anp_masks_stay_in_bounds_and_disturbances_too():
+    model, data = network(), toy()
+    masks = anp.learn_masks(model, data, short(anp_steps=6, anp_lr=5.0))
+    assert masks.keys() == set(anp.norms(model))
+    values = torch.cat(list(masks.values()))
+    assert values.min() >= 0
+    assert values.max() <= 1
+    assert (values < 1).any()
+    torch.manual_seed(0)
+    moved = anp.MaskLoss(0.2, 0.4).worst(anp.Masks(clone(model)), to_float(data.images[:8]), data.labels[:8])
+    assert max(d.abs().max() for side in moved for d in side) == pytest.approx(0.4)
+    plain = anp.Masks(clone(model))
+    assert torch.equal(plain(to_float(data.images)), clone(model).train()(to_float(data.images)))
+
+
+def test_anp_without_batchnorm():
+    with pytest.raises(UserError, match="has no BatchNorm"):
+        anp.check(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10)), toy(), short())
+
+
+def test_ftsam_without_a_radius_is_fine_tuning_and_follows_batchnorm_once():
+    config = short(ft_lr=0.05, ftsam_lr=0.05, ftsam_rho=0.0, epochs=2)
+    tuned, sam = (defenses.get(n).erase(network(), toy(), config).state_dict() for n in ("finetune", "ftsam"))
+    assert all(torch.allclose(tuned[k].float(), sam[k].float(), atol=1e-5) for k in tuned)
+    assert sam["bn1.num_batches_tracked"] == tuned["bn1.num_batches_tracked"] == 8
+
+
+def test_ftsam_moves_the_weights_by_the_closed_form():
+    model = nn.Linear(1, 2, bias=False)
+    model.weight.data = torch.tensor([[0.5], [-2.0]])
+    x, y = torch.tensor([[1.0]]), torch.tensor([0])
+    shares = torch.softmax(model(x), 1)[0].detach()
+    g = torch.stack([shares[0] - 1, shares[1]])[:, None]
+    t = model.weight.detach().abs()
+    e = 0.3 * t**2 * g / (t * g).norm()
+    expected = F.cross_entropy(x @ (model.weight + e).T, y)
+    assert ftsam.SAMLoss(0.3)(model, x, y)[0].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_hypergradient_without_the_inner_step_is_the_plain_gradient():
+    model, data = network(), toy(16)
+    images, labels, d = to_float(data.images), data.labels, torch.full((1, 3, 16, 16), 0.01)
+    plain = torch.autograd.grad(F.cross_entropy(model((images + d).clamp(0, 1)), labels), list(model.parameters()))
+    still = ibau.hypergradient(model, images, labels, d, short(ibau_eta=0.0))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, still, strict=True))
+
+
+def test_the_hypergradient_by_explicit_jacobians():
+    torch.manual_seed(0)
+    model, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.arange(5) % 3
+    images = torch.rand(5, 3, 2, 2) / 2
+    config, d = short(ibau_eta=0.3, ibau_iterations=2, ibau_penalty=0.5), torch.full((1, 3, 2, 2), 0.1)
+    w = model[1].weight.detach().clone()
+
+    def cross(d, w):
+        return F.cross_entropy(F.linear((images + d).flatten(1), w, model[1].bias.detach()), labels)
+
+    def phi(d, w):
+        d = d if d.requires_grad else d.requires_grad_()
+        slope, = torch.autograd.grad(0.5 * torch.linalg.vector_norm(d) - cross(d, w), d, create_graph=True)
+        return (d - 0.3 * slope).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(lambda d: phi(d, w), d).reshape(12, 12)
+    by_w = torch.autograd.functional.jacobian(lambda w: phi(d.clone(), w), w).reshape(12, 36)
+    direct, v = torch.autograd.functional.jacobian(lambda w, d: cross(d, w), (w, d))
+    v = v.flatten()
+    expected = direct.flatten() + (v + v @ jacobian + v @ jacobian @ jacobian) @ by_w
+    assert torch.allclose(ibau.hypergradient(model, images, labels, d, config)[0].flatten(), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ Neural Cleanse
+
+
+class Weak(nn.Module):
+    """Classifies by which tenth of the image's rows is brightest; four white pixels in a corner make class 3 of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x):
+        logits = self.scale * F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (10, 1)).flatten(1)
+        return logits + 40 * x[:, 0, 18:, 18:].mean((1, 2))[:, None] * F.one_hot(torch.tensor([3]), 10)
+
+
+def test_the_anomaly_index_by_hand():
+    # median 10, absolute deviations 0, 1, 1, 2, 8: MAD 1
+    index = neural_cleanse.anomaly_indices(torch.tensor([10.0, 9.0, 11.0, 12.0, 2.0]))
+    assert index.tolist() == pytest.approx([0, 1 / 1.4826, -1 / 1.4826, -2 / 1.4826, 8 / 1.4826])
+
+
+def test_neural_cleanse_finds_the_planted_label_and_its_pixel():
+    data = toy(60, size=20)
+    data.images //= 10
+    for image, label in zip(data.images, data.labels.tolist(), strict=True):
+        image[:, 2 * label:2 * label + 2, :18] = 200
+    data.images[:, 0, 18:, 18:] = 0
+    config = short(nc_steps=400, nc_batch_size=8)
+    triggers = neural_cleanse.reverse(Weak(), data, config)
+    assert triggers.norms.argmin() == 3
+    assert neural_cleanse.outliers(triggers)[0] == 3
+    assert triggers.success[3] > 0.9
+    corner = triggers.masks[3, 0, 18:, 18:].sum()
+    assert corner > 0.5 * triggers.norms[3]
+    again = neural_cleanse.reverse(Weak(), data, config, labels=[3])
+    assert again.norms[0] == pytest.approx(triggers.norms[3].item(), rel=0.5)
+    assert linf_pruning.smallest(triggers).labels == [3]
+
+
+def test_a_reversed_trigger_is_stamped_under_the_true_label_on_its_share():
+    data = toy(50)
+    triggers = neural_cleanse.Triggers([3], torch.zeros(1, 1, 16, 16), torch.ones(1, 3, 16, 16), torch.ones(1))
+    triggers.masks[0, 0, 2, 2] = 1
+    stamped = triggers.stamp(data.images, 0)
+    assert (stamped[:, :, 2, 2] == 255).all()
+    assert (stamped != data.images).flatten(1).sum(1).max() <= 3
+    restamped = neural_cleanse.Restamped(data, triggers, [0], 0.2, 1)
+    assert (restamped.kind >= 0).sum() == 10
+    out = restamped.stamped(data.images, torch.arange(50))
+    changed = (out != data.images).flatten(1).any(1)
+    assert torch.equal(out[restamped.kind >= 0], stamped[restamped.kind >= 0])
+    assert not changed[restamped.kind < 0].any()
+    assert torch.equal(restamped.labels, data.labels)
+
+
+@pytest.mark.parametrize("way", ["unlearn", "prune"])
+def test_neural_cleanse_as_mitigation(way, monkeypatch):
+    found = neural_cleanse.Triggers([3], torch.rand(1, 1, 16, 16), torch.rand(1, 3, 16, 16), torch.ones(1))
+    monkeypatch.setattr(neural_cleanse, "reverse", lambda *_, **__: found)
+    monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [0])
+    model = network()
+    erased = neural_cleanse.erase(model, toy(), short(nc_mitigation=way, prune_drop=100.0))
+    assert any(not torch.equal(v, erased.state_dict()[k]) for k, v in model.state_dict().items()) or way == "prune"
+    monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [])
+    same = neural_cleanse.erase(model, toy(), short())
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_neural_cleanse_needs_labels_to_compare():
+    with pytest.raises(UserError, match="2 are too few"):
+        neural_cleanse.check(network(), toy(8, 2), short())

@@ -1,0 +1,116 @@
+"""Channels of a layer: which layer a defense prunes, what its channels answer to, and how they are switched off.
+
+A channel is pruned by setting its weights (and bias) to zero, so that a pruned network is an ordinary checkpoint of its
+architecture. The layer is by default the last convolution or BatchNorm that runs: in a network with BatchNorm behind
+its convolutions, the last convolution's BatchNorm; in a pre-activation network (WRN) the BatchNorm before the pooling.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import UserError
+from utils.data import to_float
+from utils.engine import predict
+from utils.seeds import generator
+
+PRUNABLE = (nn.Conv2d, nn.BatchNorm2d)
+
+
+def last_layer(model, images, name=""):
+    """The name of the layer to prune: ``name``, or the last convolution or BatchNorm that ``images`` run through.
+
+    Raises ``UserError`` if there is none, or ``name`` is no such layer.
+    """
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    if name:
+        if name not in modules:
+            raise UserError(f"--prune_layer {name}: no convolution or BatchNorm of {type(model).__name__}; it has "
+                            f"{', '.join(modules)}")
+        return name
+    order, handles = [], []
+    for n, module in modules.items():
+        handles.append(module.register_forward_hook(lambda _m, _i, _o, n=n: order.append(n)))
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(to_float(images[:2]))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not order:
+        raise UserError(f"{type(model).__name__} has no convolution or BatchNorm, whose channels could be pruned")
+    return order[-1]
+
+
+@torch.no_grad()
+def channel_norms(model, layer, images, batch_size=250):
+    """What each channel of ``layer`` answers to uint8 ``images`` (N, C, H, W), after a ReLU, as means over the images.
+
+    A dict of float32 ``(channels,)``: "l1" and "l2" norms of the channel's map and "linf", its maximum.
+    """
+    model.eval()
+    device, total, maps = next(model.parameters()).device, {}, []
+    # not by ``Features``: what follows may add to the output in place, after this hook has copied it
+    handle = dict(model.named_modules())[layer].register_forward_hook(
+        lambda _module, _inputs, output: maps.append(F.relu(output.float()).flatten(2)))
+    try:
+        for part in images.split(batch_size):
+            model(to_float(part.to(device)))
+            m = maps.pop()  # (B, channels, H W)
+            for name, norms in (("l1", m.sum(2)), ("l2", m.square().sum(2).sqrt()), ("linf", m.amax(2))):
+                total[name] = total.get(name, 0) + norms.sum(0)
+    finally:
+        handle.remove()
+    return {name: norms / len(images) for name, norms in total.items()}
+
+
+@torch.no_grad()
+def zero_channels(model, layer, channels):
+    """Set the weights of ``channels``, int64 ``(k,)``, of ``layer`` to zero, in place: its output there is zero."""
+    module = dict(model.named_modules())[layer]
+    for p in (module.weight, module.bias):
+        if p is not None:
+            p[channels.to(p.device)] = 0
+
+
+class KeptAtZero:
+    """Context manager: while it is open, training leaves the ``channels`` of ``layer`` that are zero at zero."""
+
+    def __init__(self, model, layer, channels):
+        module = dict(model.named_modules())[layer]
+        self.params, self.channels = [p for p in (module.weight, module.bias) if p is not None], channels
+
+    def __enter__(self):
+        def without(grad):
+            return grad.index_fill(0, self.channels.to(grad.device), 0)
+        self.handles = [p.register_hook(without) for p in self.params]
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def split_off(data, share, seed):
+    """(the rest, a held-out part): ``share`` of each class of ``data``, at least one sample, drawn by ``seed``.
+
+    Raises ``UserError`` if a class has fewer than two samples.
+    """
+    labels, held = data.labels.cpu(), []
+    gen = generator(seed, "held out")
+    for c in labels.unique().tolist():
+        own = (labels == c).nonzero().flatten()
+        if len(own) < 2:
+            raise UserError(f"the clean subset has {len(own)} image of class {data.classes[c]}: at least two of each "
+                            f"class are needed, one of them to measure on (--ratio)")
+        held.append(own[torch.randperm(len(own), generator=gen)[:max(1, round(share * len(own)))]])
+    held = torch.cat(held)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[held] = False
+    return data.take(rest.nonzero().flatten()), data.take(held)
+
+
+def accuracy(model, data):
+    """Accuracy in percent of ``model`` on ``data`` (``TensorData``)."""
+    return 100 * (predict(model, data.images) == data.labels.to(next(model.parameters()).device)).double().mean().item()
