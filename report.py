@@ -126,17 +126,18 @@ REPORTED = {  # ACC / ASR of the backdoored network that others report
     "WaNet": "91.25 / 89.73 [bench]", "Input-aware": "90.67 / 98.26 [bench]"}
 
 
+RECIPE = ("epochs", "optimizer", "lr", "augment")
+
+
 def render_attacks(records):
-    """The tables of all attacks, one for each recipe that a clean network was trained with."""
+    """The tables of all attacks, one for each recipe of training; first those with a clean network to compare with."""
     def recipe(r):
-        return [r["data"], *(r["config"][k] for k in ("dataset", "s_name", "epochs", "optimizer", "augment"))]
+        return [r["data"], *(r["config"][k] for k in ("dataset", "s_name", *RECIPE))]
 
     recipes = []
-    for r in records:
-        if r["config"]["trigger_type"] == "none" and recipe(r) not in recipes:
+    for r in sorted(records, key=lambda r: r["config"]["trigger_type"] != "none"):
+        if recipe(r) not in recipes:
             recipes.append(recipe(r))
-    if not recipes:
-        return "No clean network (`--trigger_type none`) to compare with is among the results."
     return "\n\n".join(attack_table([r for r in records if recipe(r) == found]) for found in recipes)
 
 
@@ -144,8 +145,9 @@ def attack_table(records):
     """One recipe's table: accuracy against the clean networks', success rate, and what others report."""
     clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
     out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
-           "|---|---|---|---|---|---|---|---|",
-           f"| none | `--trigger_type none` | {len(clean)} | {cell(clean)} | | | | |"]
+           "|---|---|---|---|---|---|---|---|"]
+    if clean:
+        out.append(f"| none | `--trigger_type none` | {len(clean)} | {cell(clean)} | | | | |")
     order = [*attacks.PRESETS, ""]
     found = [(attacks.preset_name(runs[0]["config"]), runs) for runs in groups(records)
              if runs[0]["config"]["trigger_type"] != "none"]
@@ -159,14 +161,15 @@ def attack_table(records):
         for r in runs:
             for part, asr in r["metrics"].get("parts", {}).items():
                 apart.setdefault(part, []).append(asr)
-        lost = statistics.mean(clean) - statistics.mean(acc)
+        lost = f"{statistics.mean(clean) - statistics.mean(acc):.2f}" if clean else ""
         apart = "; ".join(f"{part} {cell(values)}" for part, values in apart.items())
         out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
-                   f"{lost:.2f} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
+                   f"{lost} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
     config = records[0]["config"]
+    recipe = "".join(f" --{k} {config[k]}" for k in RECIPE if config[k] != getattr(TrainConfig(), k))
     minutes = statistics.median(r["train_seconds"] for r in records) / 60
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
-    return "\n".join([*out, "", f"`python train_badnet.py --epochs {config['epochs']} OPTIONS --seed N`, "
+    return "\n".join([*out, "", f"`python train_badnet.py{recipe} OPTIONS --seed N`, "
                       f"{config['s_name']}, {config['dataset']} ({records[0]['data']}), median {minutes:.1f} minutes "
                       f"of training, on: {'; '.join(machines)}."])
 
