@@ -158,8 +158,8 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 
 
 @dataclass
-class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
-    """``python main.py``: erase the backdoor of a trained network with a few clean images."""
+class SubjectConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
+    """A trained network under study, the defender's clean images, and the search for triggers with them."""
 
     trigger_type: str = option("auto", "attack", "trigger, one file each in attacks/; auto = the attack that the "
                                                  "checkpoint was trained with (flags of this group win over its "
@@ -167,11 +167,22 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                                                  "known, only accuracy is measured")
     s_model: str = option("", "model", "checkpoint of the network to erase (default: what train_badnet.py wrote, or "
                                        "the shipped one)")
+    ratio: float = option(0.05, "model", "share of the training set that is the defender's clean subset [paper]",
+                          low=0.0, high=1.0)
+    nc_steps: int = option(1000, "neural cleanse", "steps of the search for triggers, all labels at once", low=10)
+    nc_batch_size: int = option(32, "neural cleanse", "clean images a label and step [paper's code]", low=1,
+                                unit="images")
+    nc_lr: float = option(0.1, "neural cleanse", "Adam's learning rate [paper's code]", low=0.0)
+    nc_lambda: float = option(1e-3, "neural cleanse", "weight of the mask's size at first [paper's code]", low=0.0)
+
+
+@dataclass
+class EraseConfig(SubjectConfig):
+    """``python main.py``: erase the backdoor of a trained network with a few clean images."""
+
     t_model: str = option("", "model", "checkpoint of the teacher (default: fine-tune one from the network itself)")
     t_name: str = option("", "model", "architecture of the teacher in --t_model (default: --s_name)")
     defense: str = option("nad", "erasing", "defense, one file each in defenses/")
-    ratio: float = option(0.05, "erasing", "share of the training set that is the defender's clean subset [paper]",
-                          low=0.0, high=1.0)
     epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
                          unit="epochs")
     batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
@@ -221,11 +232,6 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
     sage_interval: int = option(2, "sage", "P, the epochs between two looks at the rate", low=1, unit="epochs")
     sage_rho: float = option(0.75, "sage", "rho, the share of an interval's epochs in which the loss has to fall",
                              low=0.0, high=1.0)
-    nc_steps: int = option(1000, "neural cleanse", "steps of the search for triggers, all labels at once", low=10)
-    nc_batch_size: int = option(32, "neural cleanse", "clean images a label and step [paper's code]", low=1,
-                                unit="images")
-    nc_lr: float = option(0.1, "neural cleanse", "Adam's learning rate [paper's code]", low=0.0)
-    nc_lambda: float = option(1e-3, "neural cleanse", "weight of the mask's size at first [paper's code]", low=0.0)
     nc_mitigation: str = option("unlearn", "neural cleanse", "unlearn = fine-tune with the triggers under true labels; "
                                                              "prune the channels that they raise",
                                 choices=("unlearn", "prune"))
@@ -256,6 +262,18 @@ class EraseConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                              low=0, unit="epochs")
     checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")
     teacher_root: str = option("", "run", "folder of the fine-tuned teacher (default: weight/t_net)")
+
+
+@dataclass
+class DetectConfig(SubjectConfig):
+    """``python detect.py``: does a network carry a backdoor, with which label and which trigger?"""
+
+    strip_inputs: int = option(500, "strip", "clean and triggered test images that STRIP looks at, each", low=2,
+                               unit="images")
+    strip_overlays: int = option(100, "strip", "clean images that each is superimposed with [paper]", low=1,
+                                 unit="images")
+    strip_frr: float = option(0.01, "strip", "share of clean inputs that may be rejected [paper]", low=0.0, high=1.0)
+    out: str = option("pictures", "run", "folder of the PNG files and the reversed triggers")
 
 
 @dataclass
@@ -346,7 +364,7 @@ def read_config(path, cls, read_checkpoint):
 
 
 GROUPS = ("data", "attack", "model", "training", "erasing", "pruning", "sage", "neural cleanse", "mcr", "anp", "ibau",
-          "ftsam", "picture", "run")  # in the order of --help
+          "ftsam", "strip", "picture", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import defenses
+import strip
 from config import EraseConfig, UserError
 from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, neural_cleanse, pruning, sage
 from models import Features, build
@@ -371,3 +372,44 @@ def test_neural_cleanse_as_mitigation(way, monkeypatch):
 def test_neural_cleanse_needs_labels_to_compare():
     with pytest.raises(UserError, match="2 are too few"):
         neural_cleanse.check(network(), toy(8, 2), short())
+
+
+# --------------------------------------------------------------------------------------------------------------- STRIP
+
+
+def test_entropies_by_hand():
+    class Always(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(logits))
+
+        def forward(self, x):
+            return self.logits.expand(len(x), -1)
+
+    images = toy(6).images
+    assert strip.entropies(Always([0.0, 0.0, 200.0]), images, images).tolist() == [0] * 6
+    assert strip.entropies(Always([1.0] * 8), images, images[:2]).tolist() == pytest.approx([3.0] * 6)  # bits
+    assert strip.entropies(Always([0.0, 0.0, -200.0]), images, images[:1]).tolist() == pytest.approx([1.0] * 6)
+
+
+def test_what_is_superimposed_is_added_and_clipped():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(1)[:, :2]
+
+    seen = []
+    images = torch.tensor([100, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    strip.entropies(Mean(), images, torch.full((1, 3, 4, 4), 100, dtype=torch.uint8))
+    assert [x.unique().item() * 255 for x in seen] == pytest.approx([200, 255])
+
+
+def test_auroc_and_threshold_by_hand():
+    clean, triggered = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0])
+    assert strip.auroc(clean, triggered) == pytest.approx((3 + 2.5) / 6)
+    assert strip.auroc(clean, clean) == pytest.approx(0.5)
+    assert strip.threshold(torch.arange(101.0), 0.01) == pytest.approx(1.0)

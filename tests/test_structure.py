@@ -8,11 +8,12 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from config import EraseConfig, PictureConfig, TrainConfig, parse
+from config import DetectConfig, EraseConfig, PictureConfig, TrainConfig, parse
 
-SCRIPTS = {"train_badnet", "main", "search", "speed", "report", "visualize"}
+SCRIPTS = {"train_badnet", "main", "search", "speed", "report", "visualize", "detect"}
 HOLDERS = {"config", "opt"}  # what a configuration is called
-OWN = SCRIPTS | {"config", "data_loader", "at", "attacks", "defenses", "models", "utils", "shapes10"}
+OWN = SCRIPTS | {"config", "data_loader", "at", "attacks", "defenses", "models", "utils", "shapes10", "subject",
+                 "strip"}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {"tests", "data", ".venv"} & set(p.relative_to(ROOT).parts)]
 MAY_IMPORT = {
     "config": set(),
@@ -21,7 +22,9 @@ MAY_IMPORT = {
     "models": {"config", "models", "utils"},
     "utils": {"config", "utils", "models"},
     "attacks": {"config", "attacks", "models", "utils"},
-    "data_loader": {"config", "attacks", "utils", "shapes10"},
+    "strip": {"utils"},
+    "subject": {"config", "attacks", "data_loader", "models", "utils"},
+    "data_loader": {"config", "attacks", "utils", "shapes10", "subject", "strip"},
     "defenses": {"config", "at", "models", "utils", "defenses"},
 }
 
@@ -52,7 +55,7 @@ def test_config_imports_the_standard_library_only():
     assert imported(ROOT / "config.py") <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, EraseConfig, PictureConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, EraseConfig, DetectConfig, PictureConfig])
 def test_every_option_is_read_somewhere(cls):
     read = set()
     for path in SOURCES:

@@ -1,0 +1,142 @@
+"""Is this network backdoored, with which label and which trigger? Are these inputs triggered?
+
+    python detect.py --dataset shapes10             # shipped network, generated data
+    python detect.py --s_model FILE --trigger_type none --dataset folder --data_root DIR
+
+Neural Cleanse (defenses/neural_cleanse.py) searches the smallest trigger of every label on the clean subset; STRIP
+(strip.py) looks at inputs, clean ones and, if a trigger is known, triggered ones. Writes the reversed triggers (.pt,
+and .png of the suspected label, or of the smallest) and STRIP's histogram to a folder in --out, and one line of
+results/detect.jsonl.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import strip
+from config import DetectConfig, file_name
+from defenses import neural_cleanse
+from subject import student_path, study
+from utils.checkpoint import save_checkpoint, versions
+from utils.devices import choose_device, hardware
+from utils.engine import TerminalProgress
+from utils.files import append_line, write_atomically
+from utils.run import check_writable, identity, run_script, say
+from utils.seeds import generator
+
+
+def save_picture(array, path):
+    """uint8 ``(H, W)`` or ``(C, H, W)`` as a PNG, eight times as large."""
+    array = array.permute(1, 2, 0) if array.ndim == 3 and len(array) == 3 else array.reshape(array.shape[-2:])
+    picture = Image.fromarray(array.cpu().numpy())
+    picture = picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST)
+    write_atomically(path, lambda f: picture.save(f, "PNG"))
+
+
+def save_histogram(clean, triggered, limit, path):
+    """Entropies of clean and triggered inputs as a PNG. Without matplotlib it says what to install."""
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"note: {path} needs matplotlib: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), constrained_layout=True)
+    edges = np.linspace(0, max(clean.max(), triggered.max() if triggered is not None else 0).item() + 1e-6, 41)
+    axes.hist(clean.numpy(), edges, alpha=0.6, label=f"clean ({len(clean)})")
+    if triggered is not None:
+        axes.hist(triggered.numpy(), edges, alpha=0.6, label=f"triggered ({len(triggered)})")
+    axes.axvline(limit, color="black", linestyle="--", label="threshold")
+    axes.set(xlabel="mean entropy under superposition, bits", ylabel="inputs", title="STRIP")
+    axes.legend()
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
+    pyplot.close(figure)
+
+
+def cleanse(subject, config, folder):
+    """Neural Cleanse over all labels: prints a line each and the verdict, writes the triggers. Returns the results."""
+    neural_cleanse.check(subject.model, subject.clean, config)
+    start = time.perf_counter()
+    triggers = neural_cleanse.reverse(subject.model, subject.clean, config, progress=TerminalProgress())
+    seconds = round(time.perf_counter() - start, 1)
+    index, suspects = neural_cleanse.anomaly_indices(triggers.norms), neural_cleanse.outliers(triggers)
+    say(f"\n{'label':<16}{'mask, pixels':>14}{'anomaly index':>15}{'success, %':>12}")
+    for k, label in enumerate(triggers.labels):
+        mark = "  <- backdoor?" if k in suspects else ""
+        say(f"{label:>3} {subject.clean.classes[label][:12]:<12}{triggers.norms[k]:>14.2f}{index[k]:>15.2f}"
+            f"{100 * triggers.success[k]:>12.2f}{mark}")
+    labels = [triggers.labels[k] for k in suspects]
+    say(f"\nNeural Cleanse: {f'backdoored, target label {labels[0]}' if labels else 'no label stands out'} "
+        f"({seconds:.0f} s; an anomaly index above 2 on the side of small masks counts)")
+    shown = suspects[0] if suspects else int(triggers.norms.argmin())
+    if config.save:
+        save_triggers(triggers, index, shown, folder)
+    return {"suspects": labels, "norms": [round(v, 3) for v in triggers.norms.tolist()],
+            "anomaly_indices": [round(v, 3) for v in index.tolist()],
+            "success": [round(100 * v, 2) for v in triggers.success.tolist()], "seconds": seconds}
+
+
+def save_triggers(triggers, index, shown, folder):
+    """All reversed triggers in a .pt file, that number ``shown`` as pictures."""
+    save_checkpoint(folder / "triggers.pt", {"labels": triggers.labels, "masks": triggers.masks.cpu(),
+                                             "patterns": triggers.patterns.cpu(), "norms": triggers.norms.cpu(),
+                                             "anomaly_indices": index.cpu(), "success": triggers.success.cpu()})
+    mask, pattern = (255 * triggers.masks[shown]).round().byte(), (255 * triggers.patterns[shown]).round().byte()
+    save_picture(mask[0], folder / f"mask-label-{triggers.labels[shown]}.png")
+    save_picture(pattern, folder / f"pattern-label-{triggers.labels[shown]}.png")
+
+
+def look_at_inputs(subject, config, folder):
+    """STRIP on clean and triggered test images: prints what it tells apart and draws it. Returns the results."""
+    start, clean = time.perf_counter(), subject.clean
+    gen = generator(config.seed, "strip")
+
+    def some(data, n):
+        return data.images[torch.randperm(len(data), generator=gen)[:n].to(data.images.device)]
+
+    overlays = some(clean, config.strip_overlays)
+    own = strip.entropies(subject.model, some(clean, config.strip_inputs), overlays)
+    limit = strip.threshold(own, config.strip_frr)
+    honest = strip.entropies(subject.model, some(subject.test, config.strip_inputs), overlays)
+    found = {"threshold": round(limit, 4), "frr": round(100 * (honest < limit).double().mean().item(), 2)}
+    triggered = None
+    if subject.poisoned_test is not None:
+        triggered = strip.entropies(subject.model, some(subject.poisoned_test, config.strip_inputs), overlays)
+        found["far"] = round(100 * (triggered >= limit).double().mean().item(), 2)
+        found["auroc"] = round(strip.auroc(honest, triggered), 4)
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    say(f"STRIP: threshold {limit:.3f} bits, set on the clean subset for {config.strip_frr:.1%} false rejections; "
+        f"{found['frr']:.2f}% of clean test images are rejected"
+        + (f", {found['far']:.2f}% of triggered ones accepted, AUROC {found['auroc']:.3f}" if "far" in found else "")
+        + f" ({found['seconds']:.0f} s)")
+    if config.save:
+        save_histogram(honest, triggered, limit, folder / "strip.png")
+    return found
+
+
+def main(config):
+    """Look at the network that ``config`` (``DetectConfig``) names."""
+    device = choose_device(config.device)
+    path = student_path(config)
+    folder = Path(config.out) / f"detect-{file_name(config.s_name)}-{path.parent.name}"
+    if config.save:
+        check_writable(folder, "out")
+        check_writable(Path(config.log_root), "log_root")
+    subject = study(config, path, device)
+    say(f"{path}: {config.s_name} on {config.dataset}, {len(subject.clean)} clean images, {device}")
+    result = {"neural_cleanse": cleanse(subject, config, folder), "strip": look_at_inputs(subject, config, folder)}
+    if config.save:
+        append_line(Path(config.log_root) / "detect.jsonl", {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config), "data": subject.source,
+            "attack": subject.about()["attack"], **result, "machine": hardware(device), "versions": versions()})
+        say(f"saved: {folder}, and a line in {Path(config.log_root) / 'detect.jsonl'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, DetectConfig))

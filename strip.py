@@ -1,0 +1,37 @@
+"""STRIP (Gao et al., ACSAC 2019, arXiv 1902.06531): a triggered input's prediction survives what is laid over it.
+
+Each input is superimposed with clean images, x + o clipped [authors' code], and the mean entropy of the predictions
+tells: a trigger keeps the prediction at the attacker's label, so that the entropy stays low.
+
+    H(x) = mean over o of  -sum_y p_y log2 p_y,   p = softmax(f(clip(x + o)))
+"""
+
+import torch
+
+from utils.data import to_float
+
+
+@torch.inference_mode()
+def entropies(model, images, overlays):
+    """H in bits, float32 ``(N,)``, of uint8 ``images`` (N, C, H, W) under uint8 ``overlays`` (K, C, H, W)."""
+    device = next(model.parameters()).device
+    model.eval()
+    overlays, found = overlays.to(device).short(), []
+    for image in images.to(device).short():
+        mixed = (image + overlays).clamp_(0, 255).to(torch.uint8)
+        log_p = model(to_float(mixed)).float().log_softmax(1)
+        found.append(-(log_p.exp() * log_p).sum(1).mean() / torch.log(torch.tensor(2.0)))
+    return torch.stack(found).cpu()
+
+
+def threshold(clean, frr):
+    """The entropy below which an input is rejected, so that a share of ``frr`` of the ``clean`` entropies (N,) is."""
+    return clean.double().quantile(frr).item()
+
+
+def auroc(clean, triggered):
+    """The chance that a triggered input has a lower entropy than a clean one, ties counting half."""
+    _, ranks, counts = torch.cat([triggered, clean]).unique(return_inverse=True, return_counts=True)
+    middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank of equal values, from 1
+    below = middle[ranks[len(triggered):]].double().sum() - len(clean) * (len(clean) + 1) / 2
+    return (below / (len(clean) * len(triggered))).item()
