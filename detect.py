@@ -61,7 +61,7 @@ def save_histogram(clean, triggered, limit, path):
 
 def cleanse(subject, config, folder):
     """Neural Cleanse over all labels: prints a line each and the verdict, writes the triggers. Returns the results."""
-    neural_cleanse.check(subject.model, subject.clean, config)
+    neural_cleanse.enough_labels(subject.clean)
     start = time.perf_counter()
     triggers = neural_cleanse.reverse(subject.model, subject.clean, config, progress=TerminalProgress())
     seconds = round(time.perf_counter() - start, 1)

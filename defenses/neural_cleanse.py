@@ -171,11 +171,15 @@ def prune(model, clean_data, config, triggers, which):
     return model
 
 
+def enough_labels(data):
+    """Raise ``UserError`` if there is nothing to be an outlier of."""
+    if data.n_classes < 3:
+        raise UserError(f"Neural Cleanse compares the labels with each other; {data.n_classes} are too few for that")
+
+
 def check(model, clean_data, config):
     """Raise ``UserError`` for a clean subset or layer that will not do."""
-    if clean_data.n_classes < 3:
-        raise UserError(f"--defense neural_cleanse: compares the labels with each other, and {clean_data.n_classes} "
-                        f"are too few for that")
+    enough_labels(clean_data)
     if config.nc_mitigation == "prune":
         last_layer(model, clean_data.images, config.prune_layer)
         split_off(clean_data, config.held_out, config.seed)
