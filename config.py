@@ -288,6 +288,17 @@ class PictureConfig(DataConfig):
     weights: str = option("weight/s_net", "picture", "folder below which networks lie whose triggers were learned")
 
 
+@dataclass
+class StudyConfig(SubjectConfig):
+    """``python visualize.py`` attention, gradcam, channels, threshold, curves: pictures of a network under study."""
+
+    networks: list = option([], "picture", "checkpoints of erased networks to show beside --s_model")
+    images: int = option(4, "picture", "test images to show, each clean and triggered", low=1, high=20)
+    prune_layer: str = option("", "picture", "layer whose channels are shown (default: the last)")
+    results: str = option("results/main.jsonl", "picture", "result lines whose last run curves draws")
+    out: str = option("pictures", "picture", "folder of the PNG files")
+
+
 # --------------------------------------------------------------------------------------------- reading the command line
 
 

@@ -89,6 +89,8 @@ def save_triggers(triggers, index, shown, folder):
                                              "anomaly_indices": index.cpu(), "success": triggers.success.cpu()})
     mask, pattern = (255 * triggers.masks[shown]).round().byte(), (255 * triggers.patterns[shown]).round().byte()
     save_picture(mask[0], folder / f"mask-label-{triggers.labels[shown]}.png")
+    save_picture((255 * triggers.masks[shown] * triggers.patterns[shown]).round().byte(),
+                 folder / f"trigger-label-{triggers.labels[shown]}.png")
     save_picture(pattern, folder / f"pattern-label-{triggers.labels[shown]}.png")
 
 

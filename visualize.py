@@ -1,6 +1,11 @@
 """Pictures, as PNG files.
 
     python visualize.py triggers                    # every attack: clean image, triggered image, their difference x 5
+    python visualize.py attention --networks FILE   # attention maps of the stages, backdoored and erased networks
+    python visualize.py gradcam --networks FILE     # Grad-CAM of clean and triggered images
+    python visualize.py channels                    # what each channel of the last layer answers to the trigger
+    python visualize.py threshold                   # ACC and ASR against the number of pruned channels
+    python visualize.py curves                      # ACC and ASR per epoch of the last run with --eval_every
 
 Needs matplotlib (pip install matplotlib), which nothing else here does.
 """
@@ -12,10 +17,20 @@ import torch
 from tqdm import tqdm
 
 import attacks
-from config import AttackConfig, PictureConfig, UserError
+import defenses
+from at import attention_map
+from cam import grad_cam
+from config import AttackConfig, PictureConfig, StudyConfig, UserError
 from data_loader import load_data
-from utils.checkpoint import load_checkpoint
-from utils.files import write_atomically
+from defenses import linf_pruning, neural_cleanse
+from models import Features, feature_layers
+from subject import student_path, study
+from utils.channels import channel_norms, last_layer
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.data import to_float
+from utils.devices import choose_device
+from utils.engine import TerminalProgress, clone, evaluate
+from utils.files import read_lines, write_atomically
 from utils.run import run_script, say
 
 LEARNED = {"inputAwareTrigger": "input_aware"}  # their networks' folders below --weights
@@ -89,7 +104,189 @@ def triggers(config):
     say(f"saved: {path}")
 
 
-PICTURES = {"triggers": triggers}
+def save(figure, config, name):
+    path = Path(config.out) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda f: figure.savefig(f, dpi=130, format="png"))
+    say(f"saved: {path}")
+
+
+def known_trigger(config):
+    """The ``Subject`` of ``config``, which must have a trigger. Raises ``UserError``."""
+    path = student_path(config)
+    subject = study(config, path, choose_device(config.device))
+    if subject.trigger is None:
+        raise UserError("--trigger_type none: these pictures show what a trigger does; name it")
+    return subject
+
+
+def examples(subject, n):
+    """(clean, triggered) uint8 ``(n, C, H, W)``: test images that the trigger changes, one class after another."""
+    there, labels = subject.poisoned_test.poisoned, subject.poisoned_test.true_labels.cpu()
+    number = torch.zeros_like(labels)  # of an image in its class
+    for c in labels.unique():
+        number[labels == c] = torch.arange(int((labels == c).sum()))
+    order = (number * (labels.max() + 1) + labels).argsort()[:n]
+    return subject.test.images[there[order]], subject.poisoned_test.images[order]
+
+
+def shown_networks(subject, config):
+    """[(title, network)]: the one under study, and those in ``--networks``."""
+    found = [("backdoored", subject.model)]
+    for file in config.networks:
+        content = load_checkpoint(file)
+        model = clone(subject.model)
+        load_weights(model, content, Path(file), config.s_name)
+        stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+        name = stored.get("defense")
+        title = defenses.title(name) if name in defenses.NAMES else Path(file).stem
+        found.append((title, model.eval()))
+    return found
+
+
+def show(axis, image):
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy().squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def heat(axis, image, value):
+    """``value`` (H, W), any scale, as colours over the uint8 ``image`` (C, H', W')."""
+    value = torch.nn.functional.interpolate(value[None, None].float(), image.shape[1:], mode="bilinear")[0, 0]
+    grey = image.float().mean(0).cpu().numpy()
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.imshow((value / value.max().clamp(min=1e-12)).cpu().numpy(), cmap="jet", vmin=0, vmax=1, alpha=0.5)
+
+
+def grid(config, subject, titles, draw, name, title):
+    """A figure with two rows an example, clean and triggered; ``draw(axes, image)`` fills a row but for its first."""
+    pyplot = plotting()
+    clean, stamped = examples(subject, config.images)
+    figure, axes = pyplot.subplots(2 * len(clean), 1 + len(titles), squeeze=False, layout="constrained",
+                                   figsize=(1.35 * (1 + len(titles)), 1.4 * 2 * len(clean) + 0.5))
+    for k, row in enumerate(axes):
+        image = (clean, stamped)[k % 2][k // 2]
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        show(row[0], image)
+        row[0].set_ylabel(("clean", "triggered")[k % 2], fontsize=8)
+        draw(row[1:], image)
+    for axis, text in zip(axes[0], ["image", *titles], strict=True):
+        axis.set_title(text, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save(figure, config, name)
+
+
+def attention(config):
+    """The attention maps sum |F|^2 of each stage of each network, on clean and triggered images."""
+    subject = known_trigger(config)
+    networks = shown_networks(subject, config)
+    layers = feature_layers(subject.model, config.layers)
+
+    def draw(axes, image):
+        maps = []
+        for _, model in networks:
+            with torch.no_grad(), Features(model, layers) as taken:
+                model(to_float(image[None]))
+                maps += [attention_map(f.float())[0, 0] for f in taken.outputs()]
+        for axis, value in zip(axes, maps, strict=True):
+            heat(axis, image, value)
+
+    grid(config, subject, [f"{title}\n{layer}" for title, _ in networks for layer in layers], draw, "attention",
+         f"Attention maps, {subject.attack.trigger_type}")
+
+
+def gradcam(config):
+    """Grad-CAM of the predicted class at the last stage of each network, on clean and triggered images."""
+    subject = known_trigger(config)
+    networks, names = shown_networks(subject, config), subject.clean.classes
+    layer = feature_layers(subject.model, config.layers)[-1]
+
+    def draw(axes, image):
+        for axis, (_, model) in zip(axes, networks, strict=True):
+            value, k = grad_cam(model, to_float(image[None]), layer)
+            heat(axis, image, value[0])
+            axis.set_xlabel(names[int(k)], fontsize=7, labelpad=1)
+
+    grid(config, subject, [title for title, _ in networks], draw, "gradcam",
+         f"Grad-CAM of the predicted class at {layer}, {subject.attack.trigger_type}")
+
+
+def channels(config):
+    """Per channel: l-inf norm on clean and triggered test images; histograms of what the trigger adds to each norm."""
+    pyplot = plotting()
+    subject = known_trigger(config)
+    layer = last_layer(subject.model, subject.clean.images, config.prune_layer)
+    clean = channel_norms(subject.model, layer, subject.test.images[subject.poisoned_test.poisoned])
+    stamped = channel_norms(subject.model, layer, subject.poisoned_test.images)
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    order = clean["linf"].argsort(descending=True).cpu()
+    for axis in axes[0, 1:]:
+        axis.remove()
+    wide = figure.add_subplot(axes[0, 0].get_gridspec()[0, :])
+    axes[0, 0].remove()
+    wide.plot(clean["linf"].cpu()[order], drawstyle="steps-mid", label="clean")
+    wide.plot(stamped["linf"].cpu()[order], drawstyle="steps-mid", label="triggered")
+    wide.set(xlabel=f"channel of {layer}, by its norm on clean images", ylabel="mean l-inf norm")
+    wide.legend()
+    for axis, (name, title) in zip(axes[1], (("linf", "l-inf"), ("l2", "l2"), ("l1", "l1")), strict=True):
+        added = (stamped[name] - clean[name]).cpu()
+        axis.hist(added / added.std(), 30)
+        axis.set(title=f"{title} norm", xlabel="added by the trigger / standard deviation", ylabel="channels")
+    figure.suptitle(f"{subject.attack.trigger_type}, {config.s_name}", fontsize=10)
+    save(figure, config, "channels")
+
+
+def threshold(config):
+    """ACC and ASR on the test set against the number of channels pruned in the order of each norm.
+
+    The order comes from the trigger that Neural Cleanse finds, as in ``defenses/linf_pruning.py``.
+    """
+    pyplot = plotting()
+    subject = known_trigger(config)
+    model = subject.model
+    layer = last_layer(model, subject.clean.images, config.prune_layer)
+    found = linf_pruning.smallest(neural_cleanse.reverse(model, subject.clean, config, progress=TerminalProgress()))
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+
+    def measure(pruned):
+        result = evaluate(pruned, subject.test, subject.poisoned_test, subject.aim)
+        return result["clean_acc"], result["asr"]
+
+    for axis, norm in zip(axes, ("linf", "l2", "l1"), strict=True):
+        order = linf_pruning.raised(model, layer, subject.clean.images, found, norm).argsort(descending=True)
+        points = linf_pruning.sweep(model, layer, order, measure)
+        axis.plot([p[0] for p in points], [p[1] for p in points], label="ACC")
+        axis.plot([p[0] for p in points], [p[2] for p in points], label="ASR")
+        axis.set(xlabel=f"channels of {layer} pruned, {norm.replace('linf', 'l-inf')} norm", ylim=(0, 101))
+    axes[0].set_ylabel("percent of the test set")
+    axes[0].legend()
+    figure.suptitle(f"{subject.attack.trigger_type}, trigger reversed for label {found.labels[0]}", fontsize=10)
+    save(figure, config, "threshold")
+
+
+def curves(config):
+    """ACC and ASR per epoch of the last run in ``--results`` that measured them."""
+    pyplot = plotting()
+    runs = [r for r in read_lines(Path(config.results)) if any("asr" in e for e in r.get("history", []))]
+    if not runs:
+        raise UserError(f"--results {config.results}: holds no run of main.py with --eval_every 1")
+    stages = {}
+    for e in runs[-1]["history"]:
+        if "clean_acc" in e:
+            stages.setdefault(e["stage"], []).append(e)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, key, title in zip(axes, ("clean_acc", "asr"), ("ACC", "ASR"), strict=True):
+        for stage, epochs in stages.items():
+            if epochs[0][key] is not None:
+                axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], marker=".", label=stage)
+        axis.set(xlabel="epoch", ylabel=f"{title}, percent")
+        axis.legend()
+    save(figure, config, "curves")
+
+
+PICTURES = {"triggers": (triggers, PictureConfig), "attention": (attention, StudyConfig),
+            "gradcam": (gradcam, StudyConfig), "channels": (channels, StudyConfig),
+            "threshold": (threshold, StudyConfig), "curves": (curves, StudyConfig)}
 
 
 def main(argv=None):
@@ -101,7 +298,7 @@ def main(argv=None):
         print(f"visualize.py: error: what to draw comes first, one of {', '.join(PICTURES)}, got "
               f"{argv[0] if argv else 'nothing'!r}", file=sys.stderr)
         return 2
-    return run_script(PICTURES[argv[0]], PictureConfig, argv[1:])
+    return run_script(*PICTURES[argv[0]], argv[1:])
 
 
 if __name__ == "__main__":

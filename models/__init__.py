@@ -5,11 +5,13 @@ import re
 import torch
 
 from config import UserError
+from models.alexnet import AlexNet
 from models.features import Features, find_stages
 from models.resnet import ResNet
 from models.wrn import WideResNet
 
-NAMES = ("WRN-10-1", "WRN-10-2", "WRN-16-1", "WRN-16-2", "WRN-40-1", "WRN-40-2", "ResNet34", "ResNet18")
+NAMES = ("WRN-10-1", "WRN-10-2", "WRN-16-1", "WRN-16-2", "WRN-40-1", "WRN-40-2", "ResNet34", "ResNet18",
+         "AlexNet")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -25,6 +27,8 @@ def build(name, n_classes, in_channels=3, image_size=32):
         return ResNet((5, 5, 5), (16, 32, 64), n_classes, in_channels)
     if name == "ResNet18":
         return ResNet((2, 2, 2, 2), (64, 128, 256, 512), n_classes, in_channels)
+    if name == "AlexNet":
+        return AlexNet(n_classes, in_channels)
     if name.startswith("torchvision:"):
         return build_torchvision(name.partition(":")[2], n_classes, in_channels, image_size)
     raise UserError(f"--s_name {name}: {', '.join(NAMES)}, WRN-<depth>-<width> or torchvision:<name> is allowed")

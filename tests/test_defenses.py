@@ -9,6 +9,7 @@ from torch import nn
 
 import defenses
 import strip
+from cam import grad_cam
 from config import EraseConfig, UserError
 from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, neural_cleanse, pruning, sage
 from models import Features, build
@@ -413,3 +414,23 @@ def test_auroc_and_threshold_by_hand():
     assert strip.auroc(clean, triggered) == pytest.approx((3 + 2.5) / 6)
     assert strip.auroc(clean, clean) == pytest.approx(0.5)
     assert strip.threshold(torch.arange(101.0), 0.01) == pytest.approx(1.0)
+
+
+def test_grad_cam_of_a_linear_model_in_closed_form():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1, bias=False)
+            self.fc = nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Linear(), torch.rand(5, 3, 6, 6)
+    maps, classes = grad_cam(model, x.clone(), "conv")
+    features = model.conv(x).detach()
+    assert torch.equal(classes, model(x).argmax(1))
+    expected = torch.einsum("nc,nchw->nhw", model.fc.weight[classes] / 36, features).clamp(min=0)
+    assert torch.allclose(maps, expected, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())

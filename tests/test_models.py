@@ -8,7 +8,7 @@ from defenses.nad import NADLoss, betas_for
 from models import NAMES, Features, build, feature_layers, find_stages, select_model
 
 PARAMETERS = {"WRN-10-1": 77850, "WRN-10-2": 303706, "WRN-16-1": 175066, "WRN-16-2": 691674, "WRN-40-1": 563930,
-              "WRN-40-2": 2243546, "ResNet34": 466906, "ResNet18": 11173962}
+              "WRN-40-2": 2243546, "ResNet34": 466906, "ResNet18": 11173962, "AlexNet": 4361034}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, start, until
 from PIL import Image
 
+import detect
 import main
 import train_badnet
 import visualize
-from config import EraseConfig, TrainConfig
+from config import DetectConfig, EraseConfig, TrainConfig
 from utils.run import run_script
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
@@ -401,3 +402,47 @@ def test_a_part_without_images_is_left_out(workplace):
         "--source_label", "1", "--s_name", "WRN-10-1", "--epochs", "1", "--batch_size", "8", "--device", "cpu"]) == 0
     (record,) = lines("results/train_badnet.jsonl")
     assert "parts" not in record["metrics"]
+
+
+def picture(*args):
+    return visualize.main([args[0], *SMALL, "--ratio", "0.2", *args[1:]])
+
+
+def test_pictures_of_a_network_and_its_erased_version(copied, capsys):
+    pytest.importorskip("matplotlib")
+    assert erase("--eval_every", "1", "--defense", "sage", "--checkpoint_root", "sage") == 0
+    quick = ["--nc_steps", "10", "--nc_batch_size", "2"]
+    for name, more in (("attention", ["--images", "2", "--networks", "sage/WRN-10-1.tar"]),
+                       ("gradcam", ["--images", "12", "--networks", "sage/WRN-10-1.tar"]),
+                       ("channels", []), ("threshold", quick), ("curves", [])):
+        assert picture(name, *more) == 0, capsys.readouterr().err
+        with Image.open(f"pictures/{name}.png") as image:
+            assert min(image.size) > 300
+            assert len(set(image.convert("L").tobytes())) > 50, "it is not blank"
+    capsys.readouterr()
+    for argv, message in ((["attention", "--trigger_type", "none"], "show what a trigger does"),
+                          (["attention", "--layers", "block9"], "--layers block9: WideResNet has no such layer"),
+                          (["channels", "--prune_layer", "fc"], "--prune_layer fc: no convolution"),
+                          (["attention", "--networks", "none.tar"], "no such checkpoint: none.tar"),
+                          (["curves", "--results", "results/train_badnet.jsonl.none"], "holds no run of main.py")):
+        assert picture(*argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
+    quick = [*SMALL, "--ratio", "0.2", "--nc_steps", "20", "--nc_batch_size", "2", "--strip_inputs", "8",
+             "--strip_overlays", "5"]
+    assert run_script(detect.main, DetectConfig, quick) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("anomaly index", "Neural Cleanse: ", "STRIP: threshold", "AUROC"))
+    (record,) = lines("results/detect.jsonl")
+    assert len(record["neural_cleanse"]["norms"]) == 10
+    assert 0 <= record["strip"]["auroc"] <= 1
+    (folder,) = Path("pictures").iterdir()
+    stored = torch.load(folder / "triggers.pt", weights_only=True)
+    assert stored["masks"].shape == (10, 1, 32, 32)
+    assert {p.suffix for p in folder.iterdir()} >= {".pt", ".png"}
+    shutil.rmtree("pictures")
+    assert run_script(detect.main, DetectConfig, [*quick, "--trigger_type", "none", "--save", "0"]) == 0
+    assert "AUROC" not in capsys.readouterr().out
+    assert not Path("pictures").exists()
