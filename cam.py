@@ -17,7 +17,7 @@ def grad_cam(model, images, layer, classes=None):
     model.eval()
     with torch.enable_grad(), Features(model, [layer]) as taken:
         logits = model(images.requires_grad_() if not images.requires_grad else images)
-        features = taken.outputs()[0]
+        features, raw = taken.outputs()[0], taken.taken[layer][0]  # (N, C, H, W), and what the logits come from
         classes = logits.argmax(1) if classes is None else classes
-        grads, = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
+        grads = taken.as_nchw(torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), raw)[0])
     return F.relu((grads.mean((2, 3), keepdim=True) * features).sum(1)).detach(), classes

@@ -223,7 +223,8 @@ class EraseConfig(SubjectConfig):
     linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning", low=0.0, high=100.0, unit="points")
     clp_u: float = option(3.0, "pruning", "clp prunes channels this many standard deviations above the mean [paper]",
                           low=0.0)
-    sage_beta: float = option(300.0, "sage", "weight of each path's loss [paper: 300]", low=0.0)
+    sage_beta: float = option(300.0, "sage", "weight of each path's loss, in the form that --at_loss says; as mean of "
+                                             "squares it weighs far less [paper: 300 times the l2 norm]", low=0.0)
     sage_paths: list = option([], "sage", "paths such as 1-2 2-3 between stages, the shallow one teaches (default: "
                                           "each stage and the next [paper])")
     sage_lr: float = option(0.01, "sage", "learning rate at first", low=0.0)
@@ -250,7 +251,7 @@ class EraseConfig(SubjectConfig):
     ibau_lr: float = option(1e-3, "ibau", "Adam's learning rate", low=0.0)
     ibau_batch_size: int = option(100, "ibau", "batch size", low=2, unit="images")
     ibau_inner_lr: float = option(10.0, "ibau", "learning rate of the perturbation [paper's code]", low=0.0)
-    ibau_penalty: float = option(1e-3, "ibau", "weight of the perturbation's l2 norm [paper's code]", low=0.0)
+    ibau_penalty: float = option(1e-3, "ibau", "weight of the perturbation's squared l2 norm [paper's code]", low=0.0)
     ibau_eta: float = option(0.1, "ibau", "step of the fixed-point map [paper's code]", low=0.0)
     ibau_iterations: int = option(5, "ibau", "fixed-point iterations of the hypergradient [paper]", low=0)
     ftsam_lr: float = option(0.01, "ftsam", "learning rate", low=0.0)

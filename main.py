@@ -31,7 +31,7 @@ def main(config):
     target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
     teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
     path = student_path(config)
-    with_attack(config, stored_options(load_checkpoint(path)))
+    attack = with_attack(config, stored_options(load_checkpoint(path)))
     if config.t_model:
         load_checkpoint(config.t_model)
     config = replace(config, s_model=str(path))
@@ -43,7 +43,7 @@ def main(config):
         check_writable(teacher_file.parent, "teacher_root")
         check_writable(Path(config.log_root), "log_root")
 
-    subject = study(config, path, device)
+    subject = study(config, path, device, attack)
     model, clean, test = subject.model, subject.clean, subject.test
     if hasattr(defense, "check"):
         defense.check(model, clean, config)

@@ -104,11 +104,14 @@ class Subject:
                 "trigger": self.trigger.state() if self.trigger else {}}
 
 
-def study(config, path, device):
-    """The ``Subject`` in the checkpoint ``path``, with what is measured on ``device``. Raises ``UserError``."""
+def study(config, path, device, attack=None):
+    """The ``Subject`` in the checkpoint ``path``, with what is measured on ``device``. Raises ``UserError``.
+
+    ``attack`` defaults to ``with_attack(config, ...)`` with what the checkpoint says.
+    """
     content = load_checkpoint(path)
     stored = stored_options(content)
-    attack = with_attack(config, stored)
+    attack = attack or with_attack(config, stored)
     train, test = load_data(config, True), load_data(config, False).to(device)
     clean = DatasetCL(config, train).to(device)
     trigger = load_trigger(attack, content, stored, train.images)

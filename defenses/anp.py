@@ -38,6 +38,11 @@ class Masks(nn.Module):
         modules = dict(model.named_modules())
         self.masks = nn.ParameterList([torch.ones_like(modules[name].weight) for name in self.names])
 
+    def train(self, mode=True):
+        """Batch statistics in training, the network's own in evaluation."""
+        self.network[0].train(mode)
+        return super().train(mode)
+
     def forward(self, images, on_scale=None, on_shift=None):
         """Logits with ``on_scale`` added to the masks and ``on_shift`` to the factors of the shifts."""
         model, changed = self.network[0], {}

@@ -7,12 +7,14 @@ follows how d itself would answer a change of w:
 
     dH/dw + (dd/dw)^T dH/dd,     (dd/dw)^T v  by fixed-point iterations on  Phi(d, w) = d - eta dG/dd
 
-G = -H + ``--ibau_penalty`` ||d||_2 is what the inner problem minimises. BatchNorm's statistics stay as they are [ours].
+G = -H + ``--ibau_penalty`` ||d||_2^2 is what the inner problem minimises. Ours: d lies on every image of a batch, the
+sum is clipped to [0, 1], and BatchNorm's statistics stay as they are.
 """
 
 import torch
 import torch.nn.functional as F
 
+from config import UserError
 from utils.data import Batches, make_augment, to_float
 from utils.engine import Progress, clone
 from utils.seeds import generator
@@ -22,7 +24,7 @@ TITLE = "I-BAU"
 
 def inner(model, images, labels, d, penalty):
     """G of a batch, a scalar."""
-    return penalty * torch.linalg.vector_norm(d) - F.cross_entropy(model((images + d).clamp(0, 1)), labels)
+    return penalty * d.square().sum() - F.cross_entropy(model((images + d).clamp(0, 1)), labels)
 
 
 def find_perturbation(model, data, config, gen):
@@ -69,4 +71,7 @@ def erase(model, clean_data, config, progress=None):
                 adam.step()
                 if bar is not None:
                     bar.update()
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise UserError(f"ibau: the weights are not finite in round {epoch + 1}. Try a smaller --ibau_lr than "
+                            f"{config.ibau_lr}")
     return model

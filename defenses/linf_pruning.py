@@ -11,7 +11,7 @@ Nothing is trained.
 
 import torch
 
-from defenses.neural_cleanse import Triggers, reverse, success
+from defenses.neural_cleanse import WORKS, Triggers, reverse, success
 from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
 from utils.engine import clone
 
@@ -19,8 +19,8 @@ TITLE = "l-inf pruning"
 
 
 def smallest(triggers):
-    """The ``Triggers`` of the one label among ``triggers`` whose mask is smallest, if any reached half success."""
-    norms = torch.where(triggers.success >= 0.5, triggers.norms, float("inf"))
+    """The ``Triggers`` of the one label whose mask is smallest, of those that work (of all if none does)."""
+    norms = torch.where(triggers.success >= WORKS, triggers.norms, triggers.norms + triggers.masks[0].numel())
     k = int(norms.argmin())
     return Triggers([triggers.labels[k]], *(getattr(triggers, n)[k:k + 1] for n in ("masks", "patterns", "success")))
 

@@ -12,8 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from config import UserError
-from defenses.finetune import clean_batches, recipe
-from defenses.finetune import erase as fine_tuned
+from defenses.finetune import clean_batches, recipe, tune
 from defenses.nad import make_teacher
 from utils.data import to_float
 from utils.engine import clone, fit
@@ -45,13 +44,13 @@ def settle_batchnorm(model, data, batch_size=250):
     """Replace BatchNorm's statistics in ``model`` by those of ``data`` (``TensorData``)."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
+    model.eval()
     for m in norms:
         m.reset_running_stats()
-        m.momentum = None  # a plain mean over the batches
-    model.train()
-    for part in data.images.split(batch_size):
-        if len(part) > 1:
-            model(to_float(part))
+        m.momentum = None  # a plain mean over the batches, which are of nearly the same size
+        m.train()
+    for part in data.images.chunk(-(-len(data) // batch_size)):
+        model(to_float(part))
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return model.eval()
@@ -70,17 +69,19 @@ def check(model, clean_data, config):
     """Raise ``UserError`` for an other end of the curve that has other weights."""
     if config.t_model:
         other = make_teacher(model, clean_data, config)
-        for name, p in model.named_parameters():
-            if name not in dict(other.named_parameters()) or other.get_parameter(name).shape != p.shape:
-                raise UserError(f"--t_model {config.t_model}: no curve leads from --s_model to a network of another "
-                                f"shape ({name}); the same architecture and width is needed")
+        own, others = ({name: p.shape for name, p in m.named_parameters()} for m in (model, other))
+        if own != others:
+            name = next(n for n in {**own, **others} if own.get(n) != others.get(n))
+            raise UserError(f"--t_model {config.t_model}: no curve leads from --s_model to a network of another shape "
+                            f"({name}); the same architecture and width is needed")
 
 
 def curve(model, clean_data, config, progress=None):
     """(bend, other end) of the curve that starts in ``model``, both networks."""
     clean_data = clean_data.to(next(model.parameters()).device)
     check(model, clean_data, config)
-    end = make_teacher(model, clean_data, config) if config.t_model else fine_tuned(model, clean_data, config, progress)
+    end = make_teacher(model, clean_data, config) if config.t_model else tune(
+        model, clean_data, config, config.epochs, config.ft_lr, config.lr_schedule, "mcr end", progress)
     bend = clone(model)
     with torch.no_grad():
         for name, p in bend.named_parameters():

@@ -20,13 +20,14 @@ from defenses.finetune import clean_batches, recipe
 from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
 from utils.data import TensorData, to_float
 from utils.devices import use_bf16
-from utils.engine import Progress, autocast, clone, cross_entropy, fit, predict
+from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent, predict
 from utils.seeds import generator
 
 TITLE = "Neural Cleanse"
 
 SUCCESS, PATIENCE, RAISE = 0.99, 5, 1.5  # [paper's code]
 CHECK_EVERY = 10  # steps over which a success rate is taken
+WORKS = 0.5  # share of clean images that a trigger must send to its label to count [ours]
 AT_ONCE = 10  # labels in one batched optimisation
 
 
@@ -53,7 +54,7 @@ def anomaly_indices(norms):
     1.4826 makes MAD, the median absolute deviation, a standard deviation if the norms were normal. The median of an
     even number is the mean of the middle two.
     """
-    norms = norms.double()
+    norms = norms.cpu().double()
     off = norms - norms.quantile(0.5)
     mad = 1.4826 * off.abs().quantile(0.5)
     return -off / mad.clamp(min=1e-12)
@@ -81,11 +82,11 @@ def reverse_some(model, data, config, labels, progress):
     above, below = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
     best_norm, hits = torch.full((n,), float("inf"), device=device), torch.zeros(n, device=device)
     best_mask, best_pattern = torch.ones(n, 1, h, w, device=device), torch.zeros(n, c, h, w, device=device)
+    chosen = torch.randint(0, len(data), (config.nc_steps, b), generator=gen).to(device)
     amp = use_bf16(config.amp, device)
     with (progress or Progress()).bar(f"labels {labels[0]}-{labels[-1]}", 0, 1, config.nc_steps) as bar:
         for step in range(config.nc_steps):
-            chosen = torch.randint(0, len(data), (b,), generator=gen).to(device)
-            x = to_float(data.images[chosen])
+            x = to_float(data.images[chosen[step]])
             m, d = (torch.tanh(raw) / 2 + 0.5 for raw in (raw_mask, raw_pattern))
             triggered = ((1 - m[:, None]) * x + (m * d)[:, None]).flatten(0, 1)  # (n b, C, H, W)
             with autocast(device, amp):
@@ -121,10 +122,10 @@ def reverse_some(model, data, config, labels, progress):
 
 
 def outliers(triggers, limit=2.0):
-    """The positions in ``triggers.labels`` of the labels whose masks are small outliers, the smallest first."""
+    """The positions in ``triggers.labels`` of the labels whose masks are small outliers and work, smallest first."""
     index = anomaly_indices(triggers.norms)
     order = triggers.norms.argsort()
-    return [k for k in order.tolist() if index[k] > limit]
+    return [k for k in order.tolist() if index[k] > limit and triggers.success[k] >= WORKS]
 
 
 class Restamped(TensorData):
@@ -140,15 +141,16 @@ class Restamped(TensorData):
 
     def stamped(self, images, indices, epoch=0):
         rows = (self.kind[indices] >= 0).nonzero().flatten()
-        there, out = rows.to(images.device), images.clone()
-        out[there] = self.triggers.stamp(images[there], self.kind[indices[rows]].to(self.triggers.masks.device))
+        there, out = rows.to(images.device, non_blocking=True), images.clone()
+        which = self.kind[indices[rows]].to(self.triggers.masks.device, non_blocking=True)
+        out[there] = self.triggers.stamp(images[there], which)
         return out
 
 
 def success(model, data, triggers, k):
     """Percent of the images of ``data`` that the trigger number ``k`` sends to its label, others than its own."""
     there = data.labels != triggers.labels[k]
-    return 100 * (predict(model, triggers.stamp(data.images[there], k)) == triggers.labels[k]).double().mean().item()
+    return percent(predict(model, triggers.stamp(data.images[there], k)) == triggers.labels[k])
 
 
 def prune(model, clean_data, config, triggers, which):

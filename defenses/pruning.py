@@ -1,13 +1,12 @@
 """Pruning of dormant channels: the first half of fine-pruning (Liu et al., RAID 2018, arXiv 1805.12185).
 
     rank the channels of the last layer by their mean activation on clean images
-    switch off the lowest, one after another, while clean accuracy falls by no more than --prune_drop points
+    switch off the lowest, a sixty-fourth at a time, while clean accuracy falls by no more than --prune_drop points
 
 The accuracy is that of a held-out part of the clean subset (``--held_out``). Channels that a trigger uses and clean
 images do not are the first to go; where both use the same ones, this cannot work.
 """
 
-from config import UserError
 from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
 from utils.engine import clone
 
@@ -32,8 +31,6 @@ def dormant(model, clean_data, config):
 def check(model, clean_data, config):
     """Raise ``UserError`` for a layer or a clean subset that will not do."""
     last_layer(model, clean_data.images, config.prune_layer)
-    if not 0 < config.held_out < 1:
-        raise UserError(f"--held_out {config.held_out}: more than 0 and less than 1 is needed")
     split_off(clean_data, config.held_out, config.seed)
 
 

@@ -31,7 +31,7 @@ def rate_factor(losses, interval, rho):
     for end in range(interval, len(losses) + 1, interval):
         block = losses[end - interval:end]
         before = losses[max(0, end - interval - 1):end - 1]
-        fell = sum(b < a for a, b in zip(before, block[-len(before):], strict=True)) + (end == interval)
+        fell = sum(b < a for a, b in zip(before, block[len(block) - len(before):], strict=True)) + (end == interval)
         few = fell < rho * interval  # the very first epoch has none before it and counts as one that fell
         stuck = kept and max(block) >= worst
         kept, worst = not (few or stuck), max(block)
@@ -73,6 +73,10 @@ class SADLoss:
         with Features(model, self.layers) as taken:
             logits = model(images)
             features = dict(zip(self.layers, taken.outputs(), strict=True))
+        for name, f in features.items():
+            if f.shape[2] * f.shape[3] == 1:
+                raise UserError(f"--layers {name}: its feature map has one pixel, so that its attention is the same "
+                                f"for every network; name an earlier layer")
         loss = F.cross_entropy(logits, labels)
         for shallow, deep in self.pairs:
             target = features[shallow].detach()

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "strip": {"utils"},
     "cam": {"models"},
     "subject": {"config", "attacks", "data_loader", "models", "utils"},
-    "data_loader": {"config", "attacks", "utils", "shapes10", "subject", "strip"},
+    "data_loader": {"config", "attacks", "utils", "shapes10"},
     "defenses": {"config", "at", "models", "utils", "defenses"},
 }
 

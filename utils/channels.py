@@ -11,7 +11,7 @@ from torch import nn
 
 from config import UserError
 from utils.data import to_float
-from utils.engine import predict
+from utils.engine import percent, predict
 from utils.seeds import generator
 
 PRUNABLE = (nn.Conv2d, nn.BatchNorm2d)
@@ -50,6 +50,7 @@ def channel_norms(model, layer, images, batch_size=250):
 
     A dict of float32 ``(channels,)``: "l1" and "l2" norms of the channel's map and "linf", its maximum.
     """
+    was_training = model.training
     model.eval()
     device, total, maps = next(model.parameters()).device, {}, []
     # not by ``Features``: what follows may add to the output in place, after this hook has copied it
@@ -63,6 +64,7 @@ def channel_norms(model, layer, images, batch_size=250):
                 total[name] = total.get(name, 0) + norms.sum(0)
     finally:
         handle.remove()
+        model.train(was_training)
     return {name: norms / len(images) for name, norms in total.items()}
 
 
@@ -97,6 +99,8 @@ def split_off(data, share, seed):
 
     Raises ``UserError`` if a class has fewer than two samples.
     """
+    if not 0 < share < 1:
+        raise UserError(f"--held_out {share}: more than 0 and less than 1 is needed")
     labels, held = data.labels.cpu(), []
     gen = generator(seed, "held out")
     for c in labels.unique().tolist():
@@ -104,7 +108,7 @@ def split_off(data, share, seed):
         if len(own) < 2:
             raise UserError(f"the clean subset has {len(own)} image of class {data.classes[c]}: at least two of each "
                             f"class are needed, one of them to measure on (--ratio)")
-        held.append(own[torch.randperm(len(own), generator=gen)[:max(1, round(share * len(own)))]])
+        held.append(own[torch.randperm(len(own), generator=gen)[:min(len(own) - 1, max(1, round(share * len(own))))]])
     held = torch.cat(held)
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held] = False
@@ -113,4 +117,4 @@ def split_off(data, share, seed):
 
 def accuracy(model, data):
     """Accuracy in percent of ``model`` on ``data`` (``TensorData``)."""
-    return 100 * (predict(model, data.images) == data.labels.to(next(model.parameters()).device)).double().mean().item()
+    return percent(predict(model, data.images) == data.labels.to(next(model.parameters()).device))
