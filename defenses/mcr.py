@@ -34,7 +34,7 @@ class CurveLoss:
         self.w_0, self.w_1 = w_0, w_1
 
     def __call__(self, model, images, labels):
-        point = on_curve(self.w_0, dict(model.named_parameters()), self.w_1, torch.rand(()).item())
+        point = on_curve(self.w_0, dict(model.named_parameters()), self.w_1, torch.rand((), device="cpu"))
         logits = functional_call(model, point, (images,))
         return nn.functional.cross_entropy(logits, labels), logits
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import defenses
 import strip
@@ -470,3 +471,20 @@ def test_grad_cam_of_a_linear_model_in_closed_form():
     expected = torch.einsum("nc,nchw->nhw", model.fc.weight[classes] / 36, features).clamp(min=0)
     assert torch.allclose(maps, expected, atol=1e-6)
     assert all(p.grad is None for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+
+def test_what_defenses_compute_stays_on_a_gpu_without_waiting_for_it():
+    """Tensors without content stand in for a GPU: a wrong device, or an answer that is waited for, raises.
+
+    Gradients and copies of networks need a real one and are not among this.
+    """
+    with FakeTensorMode(), torch.device("cuda"):
+        model = build("WRN-10-1", 10).train()
+        images, labels = torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.int64)
+        value, logits = sage.SADLoss([("block1", "block2")], 1.0)(model, images, labels)
+        assert value.device.type == logits.device.type == "cuda"
+        triggers = neural_cleanse.Triggers([3], torch.rand(1, 1, 16, 16), torch.rand(1, 3, 16, 16), None)
+        assert triggers.stamp(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 0).device.type == "cuda"
