@@ -11,6 +11,7 @@ results/detect.jsonl.
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch
 from PIL import Image
 
 import strip
-from config import DetectConfig, file_name
+from config import DetectConfig
 from defenses import neural_cleanse
-from subject import student_path, study
-from utils.checkpoint import save_checkpoint, versions
+from subject import stored_options, student_path, study, with_attack
+from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, write_atomically
@@ -88,10 +89,9 @@ def save_triggers(triggers, index, shown, folder):
                                              "patterns": triggers.patterns.cpu(), "norms": triggers.norms.cpu(),
                                              "anomaly_indices": index.cpu(), "success": triggers.success.cpu()})
     mask, pattern = (255 * triggers.masks[shown]).round().byte(), (255 * triggers.patterns[shown]).round().byte()
-    save_picture(mask[0], folder / f"mask-label-{triggers.labels[shown]}.png")
-    save_picture((255 * triggers.masks[shown] * triggers.patterns[shown]).round().byte(),
-                 folder / f"trigger-label-{triggers.labels[shown]}.png")
-    save_picture(pattern, folder / f"pattern-label-{triggers.labels[shown]}.png")
+    save_picture(mask[0], folder / "mask.png")
+    save_picture((255 * triggers.masks[shown] * triggers.patterns[shown]).round().byte(), folder / "trigger.png")
+    save_picture(pattern, folder / "pattern.png")
 
 
 def look_at_inputs(subject, config, folder):
@@ -126,16 +126,19 @@ def main(config):
     """Look at the network that ``config`` (``DetectConfig``) names."""
     device = choose_device(config.device)
     path = student_path(config)
-    folder = Path(config.out) / f"detect-{file_name(config.s_name)}-{path.parent.name}"
+    attack = with_attack(config, stored_options(load_checkpoint(path)))
+    config = replace(config, s_model=str(path))
+    folder = Path(config.out) / "-".join(["detect", path.resolve().parent.name, path.name.partition(".")[0]])
     if config.save:
         check_writable(folder, "out")
         check_writable(Path(config.log_root), "log_root")
-    subject = study(config, path, device)
+    subject = study(config, path, device, attack)
     say(f"{path}: {config.s_name} on {config.dataset}, {len(subject.clean)} clean images, {device}")
     result = {"neural_cleanse": cleanse(subject, config, folder), "strip": look_at_inputs(subject, config, folder)}
     if config.save:
         append_line(Path(config.log_root) / "detect.jsonl", {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config), "data": subject.source,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
+            "inputs": {"s_model": file_hash(path)}, "data": subject.source,
             "attack": subject.about()["attack"], **result, "machine": hardware(device), "versions": versions()})
         say(f"saved: {folder}, and a line in {Path(config.log_root) / 'detect.jsonl'}")
 

@@ -31,7 +31,7 @@ from utils.data import to_float
 from utils.devices import choose_device
 from utils.engine import TerminalProgress, clone, evaluate
 from utils.files import read_lines, write_atomically
-from utils.run import run_script, say
+from utils.run import check_writable, run_script, say
 
 LEARNED = {"inputAwareTrigger": "input_aware"}  # their networks' folders below --weights
 ROWS_A_COLUMN = 10
@@ -114,6 +114,7 @@ def save(figure, config, name):
 def known_trigger(config):
     """The ``Subject`` of ``config``, which must have a trigger. Raises ``UserError``."""
     path = student_path(config)
+    check_writable(Path(config.out), "out")
     subject = study(config, path, choose_device(config.device))
     if subject.trigger is None:
         raise UserError("--trigger_type none: these pictures show what a trigger does; name it")
@@ -230,7 +231,7 @@ def channels(config):
     wide.legend()
     for axis, (name, title) in zip(axes[1], (("linf", "l-inf"), ("l2", "l2"), ("l1", "l1")), strict=True):
         added = (stamped[name] - clean[name]).cpu()
-        axis.hist(added / added.std(), 30)
+        axis.hist(added / added.std().clamp(min=1e-12), 30)
         axis.set(title=f"{title} norm", xlabel="added by the trigger / standard deviation", ylabel="channels")
     figure.suptitle(f"{subject.attack.trigger_type}, {config.s_name}", fontsize=10)
     save(figure, config, "channels")

@@ -44,7 +44,8 @@ def run_script(main, cls, argv=None):
     except UserError as e:
         return complain(e)
     except KeyboardInterrupt:
-        how = f"; to go on: {configuration.command(config)} --resume" if getattr(config, "save", False) else ""
+        goes_on = hasattr(config, "checkpoint_root") and config.save
+        how = f"; to go on: {configuration.command(config)} --resume" if goes_on else ""
         print(f"\n{name}: interrupted{how}", file=sys.stderr)
         return 130
     except BrokenPipeError:
