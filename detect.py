@@ -11,7 +11,6 @@ results/detect.jsonl.
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,8 @@ from PIL import Image
 import strip
 from config import DetectConfig
 from defenses import neural_cleanse
-from subject import stored_options, student_path, study, with_attack
-from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, versions
+from subject import opened, study
+from utils.checkpoint import file_hash, save_checkpoint, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, write_atomically
@@ -125,14 +124,13 @@ def look_at_inputs(subject, config, folder):
 def main(config):
     """Look at the network that ``config`` (``DetectConfig``) names."""
     device = choose_device(config.device)
-    path = student_path(config)
-    attack = with_attack(config, stored_options(load_checkpoint(path)))
-    config = replace(config, s_model=str(path))
+    config, content, attack = opened(config)
+    path = Path(config.s_model)
     folder = Path(config.out) / "-".join(["detect", path.resolve().parent.name, path.name.partition(".")[0]])
     if config.save:
         check_writable(folder, "out")
         check_writable(Path(config.log_root), "log_root")
-    subject = study(config, path, device, attack)
+    subject = study(config, content, attack, device)
     say(f"{path}: {config.s_name} on {config.dataset}, {len(subject.clean)} clean images, {device}")
     result = {"neural_cleanse": cleanse(subject, config, folder), "strip": look_at_inputs(subject, config, folder)}
     if config.save:

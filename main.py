@@ -10,12 +10,11 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import defenses
 from config import EraseConfig, file_name, weight_root
-from subject import stored_options, student_path, study, with_attack
+from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, use_bf16
 from utils.engine import evaluate
@@ -30,11 +29,9 @@ def main(config):
     name = file_name(config.s_name)
     target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
     teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
-    path = student_path(config)
-    attack = with_attack(config, stored_options(load_checkpoint(path)))
+    config, content, attack = opened(config)
     if config.t_model:
         load_checkpoint(config.t_model)
-    config = replace(config, s_model=str(path))
     if finished(config, target):
         say(f"already finished: {target}")
         return
@@ -43,11 +40,11 @@ def main(config):
         check_writable(teacher_file.parent, "teacher_root")
         check_writable(Path(config.log_root), "log_root")
 
-    subject = study(config, path, device, attack)
+    subject = study(config, content, attack, device)
     model, clean, test = subject.model, subject.clean, subject.test
     if hasattr(defense, "check"):
         defense.check(model, clean, config)
-    say(f"{path}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
+    say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
 
     about = subject.about()

@@ -6,6 +6,8 @@ tells: a trigger keeps the prediction at the attacker's label, so that the entro
     H(x) = mean over o of  -sum_y p_y log2 p_y,   p = softmax(f(clip(x + o)))
 """
 
+import math
+
 import torch
 
 from utils.data import to_float
@@ -20,8 +22,8 @@ def entropies(model, images, overlays):
     for image in images.to(device).short():
         mixed = (image + overlays).clamp_(0, 255).to(torch.uint8)
         log_p = model(to_float(mixed)).float().log_softmax(1)
-        found.append(-(log_p.exp() * log_p).sum(1).mean() / torch.log(torch.tensor(2.0)))
-    return torch.stack(found).cpu()
+        found.append(-(log_p.exp() * log_p).sum(1).mean())
+    return torch.stack(found).cpu() / math.log(2)
 
 
 def threshold(clean, frr):

@@ -104,14 +104,17 @@ class Subject:
                 "trigger": self.trigger.state() if self.trigger else {}}
 
 
-def study(config, path, device, attack=None):
-    """The ``Subject`` in the checkpoint ``path``, with what is measured on ``device``. Raises ``UserError``.
-
-    ``attack`` defaults to ``with_attack(config, ...)`` with what the checkpoint says.
-    """
+def opened(config):
+    """(``config`` with its checkpoint's path as ``s_model``, what the checkpoint holds, the attack to measure with)."""
+    path = student_path(config)
     content = load_checkpoint(path)
-    stored = stored_options(content)
-    attack = attack or with_attack(config, stored)
+    attack = with_attack(config, stored_options(content))  # before ``replace``, which forgets what the user said
+    return replace(config, s_model=str(path)), content, attack
+
+
+def study(config, content, attack, device):
+    """The ``Subject`` that ``opened`` found, with what is measured on ``device``. Raises ``UserError``."""
+    path, stored = Path(config.s_model), stored_options(content)
     train, test = load_data(config, True), load_data(config, False).to(device)
     clean = DatasetCL(config, train).to(device)
     trigger = load_trigger(attack, content, stored, train.images)

@@ -24,7 +24,7 @@ from config import AttackConfig, PictureConfig, StudyConfig, UserError
 from data_loader import load_data
 from defenses import linf_pruning, neural_cleanse
 from models import Features, feature_layers
-from subject import student_path, study
+from subject import opened, study
 from utils.channels import channel_norms, last_layer
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import to_float
@@ -93,15 +93,11 @@ def triggers(config):
         cells = (image, stamped, difference.clamp(0, 255).to(torch.uint8))
         for j, (title, cell) in enumerate(zip(("clean", "triggered", "difference x 5"), cells, strict=True)):
             axis = axes[row, column + j]
-            axis.imshow(cell[0].permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0, vmax=255,
-                        interpolation="nearest")
+            show(axis, cell[0])
             axis.set_title(name if j == 1 else title if row == 0 else "", fontsize=8,
                            fontweight="bold" if j == 1 else "normal", pad=3)
     figure.tight_layout(pad=0.4)
-    path = Path(config.out) / "triggers.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda f: figure.savefig(f, dpi=130, format="png"))
-    say(f"saved: {path}")
+    save(figure, config, "triggers")
 
 
 def save(figure, config, name):
@@ -113,9 +109,9 @@ def save(figure, config, name):
 
 def known_trigger(config):
     """The ``Subject`` of ``config``, which must have a trigger. Raises ``UserError``."""
-    path = student_path(config)
+    config, content, attack = opened(config)
     check_writable(Path(config.out), "out")
-    subject = study(config, path, choose_device(config.device))
+    subject = study(config, content, attack, choose_device(config.device))
     if subject.trigger is None:
         raise UserError("--trigger_type none: these pictures show what a trigger does; name it")
     return subject

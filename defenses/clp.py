@@ -44,8 +44,7 @@ def pairs(model, images):
 @torch.no_grad()
 def bounds(conv, norm=None):
     """The Lipschitz bound of each output channel of ``conv``, float32 ``(c_out,)``."""
-    kernels = conv.weight.flatten(2) if conv.weight.ndim == 4 else conv.weight[:, :, None]  # (c_out, c_in, kh kw)
-    bound = torch.linalg.matrix_norm(kernels, ord=2)
+    bound = torch.linalg.matrix_norm(conv.weight.flatten(2), ord=2)  # of (c_out, c_in, kh kw)
     return bound if norm is None else bound * norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
 
 

@@ -12,7 +12,8 @@ Nothing is trained.
 import torch
 
 from defenses.neural_cleanse import WORKS, Triggers, reverse, success
-from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from defenses.pruning import check
+from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "l-inf pruning"
@@ -32,24 +33,13 @@ def raised(model, layer, images, trigger, norm="linf"):
 
 def sweep(model, layer, order, measure):
     """[(number of channels switched off, *measure(network))] for 0, 1, ... of ``order``, int64 ``(channels,)``."""
-    pruned, step = clone(model).eval(), max(1, len(order) // 64)
-    points = [(0, *measure(pruned))]
-    for k in range(step, len(order), step):
-        zero_channels(pruned, layer, order[:k])
-        points.append((k, *measure(pruned)))
-    return points
+    return [(k, *measure(pruned)) for k, pruned in pruned_gradually(model, layer, order)]
 
 
 def choose(points, drop):
     """The number of channels to switch off, from ``points`` (number, accuracy, success of the synthetic trigger)."""
     allowed = [p for p in points if p[1] >= points[0][1] - drop]
     return min(allowed, key=lambda p: (p[2], p[0]))[0]
-
-
-def check(model, clean_data, config):
-    """Raise ``UserError`` for a layer or a clean subset that will not do."""
-    last_layer(model, clean_data.images, config.prune_layer)
-    split_off(clean_data, config.held_out, config.seed)
 
 
 def erase(model, clean_data, config, progress=None, trigger=None):
@@ -66,3 +56,6 @@ def erase(model, clean_data, config, progress=None, trigger=None):
     model = clone(model).eval()
     zero_channels(model, layer, order[:choose(points, config.linf_drop)])
     return model
+
+
+__all__ = ["check", "choose", "erase", "raised", "smallest", "sweep"]

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
+from defenses import pruning
 from defenses.finetune import clean_batches, recipe
-from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.data import TensorData, to_float
 from utils.devices import use_bf16
 from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent, predict
@@ -160,14 +161,12 @@ def prune(model, clean_data, config, triggers, which):
     clean = channel_norms(model, layer, rest.images)["l1"]
     raised = torch.stack([channel_norms(model, layer, triggers.stamp(rest.images, k))["l1"] - clean for k in which])
     order, floor = raised.amax(0).argsort(descending=True), accuracy(model, held) - config.prune_drop
-    pruned, count, step = clone(model).eval(), 0, max(1, len(order) // 64)
-    for k in range(step, len(order), step):
-        if max(success(pruned, held, triggers, j) for j in which) < 5:
-            break
-        zero_channels(pruned, layer, order[:k])
-        if accuracy(pruned, held) < floor:
+    for k, pruned in pruned_gradually(model, layer, order):
+        if k and accuracy(pruned, held) < floor:
             break
         count = k
+        if max(success(pruned, held, triggers, j) for j in which) < 5:
+            break
     model = clone(model).eval()
     zero_channels(model, layer, order[:count])
     return model
@@ -183,8 +182,7 @@ def check(model, clean_data, config):
     """Raise ``UserError`` for a clean subset or layer that will not do."""
     enough_labels(clean_data)
     if config.nc_mitigation == "prune":
-        last_layer(model, clean_data.images, config.prune_layer)
-        split_off(clean_data, config.held_out, config.seed)
+        pruning.check(model, clean_data, config)
 
 
 def erase(model, clean_data, config, progress=None):

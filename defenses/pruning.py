@@ -7,7 +7,7 @@ The accuracy is that of a held-out part of the clean subset (``--held_out``). Ch
 images do not are the first to go; where both use the same ones, this cannot work.
 """
 
-from utils.channels import accuracy, channel_norms, last_layer, split_off, zero_channels
+from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "pruning"
@@ -18,11 +18,9 @@ def dormant(model, clean_data, config):
     rest, held = split_off(clean_data, config.held_out, config.seed)
     layer = last_layer(model, rest.images, config.prune_layer)
     order = channel_norms(model, layer, rest.images)["l1"].argsort()
-    pruned, floor, count = clone(model).eval(), accuracy(model, held) - config.prune_drop, 0
-    step = max(1, len(order) // 64)
-    for k in range(step, len(order), step):
-        zero_channels(pruned, layer, order[:k])
-        if accuracy(pruned, held) < floor:
+    floor = accuracy(model, held) - config.prune_drop
+    for k, pruned in pruned_gradually(model, layer, order):
+        if k and accuracy(pruned, held) < floor:
             break
         count = k
     return layer, order[:count]

@@ -11,7 +11,7 @@ from torch import nn
 
 from config import UserError
 from utils.data import to_float
-from utils.engine import percent, predict
+from utils.engine import clone, percent, predict
 from utils.seeds import generator
 
 PRUNABLE = (nn.Conv2d, nn.BatchNorm2d)
@@ -54,7 +54,7 @@ def channel_norms(model, layer, images, batch_size=250):
     model.eval()
     device, total, maps = next(model.parameters()).device, {}, []
     # not by ``Features``: what follows may add to the output in place, after this hook has copied it
-    handle = dict(model.named_modules())[layer].register_forward_hook(
+    handle = model.get_submodule(layer).register_forward_hook(
         lambda _module, _inputs, output: maps.append(F.relu(output.float()).flatten(2)))
     try:
         for part in images.split(batch_size):
@@ -71,17 +71,28 @@ def channel_norms(model, layer, images, batch_size=250):
 @torch.no_grad()
 def zero_channels(model, layer, channels):
     """Set the weights of ``channels``, int64 ``(k,)``, of ``layer`` to zero, in place: its output there is zero."""
-    module = dict(model.named_modules())[layer]
+    module = model.get_submodule(layer)
     for p in (module.weight, module.bias):
         if p is not None:
             p[channels.to(p.device)] = 0
+
+
+def pruned_gradually(model, layer, order):
+    """Yield (number k, network whose first k channels of ``order``, int64 ``(channels,)``, are off), a 64th at a time.
+
+    It starts at k = 0 and leaves one channel at least; it is the same network, a copy of ``model``, that goes on.
+    """
+    pruned, step = clone(model).eval(), max(1, len(order) // 64)
+    for k in range(0, len(order), step):
+        zero_channels(pruned, layer, order[:k])
+        yield k, pruned
 
 
 class KeptAtZero:
     """Context manager: while it is open, training leaves the ``channels`` of ``layer`` that are zero at zero."""
 
     def __init__(self, model, layer, channels):
-        module = dict(model.named_modules())[layer]
+        module = model.get_submodule(layer)
         self.params, self.channels = [p for p in (module.weight, module.bias) if p is not None], channels
 
     def __enter__(self):
