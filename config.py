@@ -221,7 +221,7 @@ class EraseConfig(SubjectConfig):
     linf_norm: str = option("linf", "pruning", "norm by which linf_pruning compares channels [paper: linf]",
                             choices=("linf", "l1", "l2"))
     linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning", low=0.0, high=100.0, unit="points")
-    clp_u: float = option(3.0, "pruning", "clp prunes channels this many standard deviations above the mean [paper]",
+    clp_u: float = option(3.0, "clp", "clp prunes channels this many standard deviations above the mean [paper]",
                           low=0.0)
     sage_beta: float = option(300.0, "sage", "weight of each path's loss, in the form that --at_loss says; as mean of "
                                              "squares it weighs far less [paper: 300 times the l2 norm]", low=0.0)
@@ -259,6 +259,7 @@ class EraseConfig(SubjectConfig):
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
+    beside: bool = option(True, "run", "measure fine-tuning beside the defense, on the same batches")
     eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves; 0: at the end only",
                              low=0, unit="epochs")
     checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")
@@ -275,6 +276,27 @@ class DetectConfig(SubjectConfig):
                                  unit="images")
     strip_frr: float = option(0.01, "strip", "share of clean inputs that may be rejected [paper]", low=0.0, high=1.0)
     out: str = option("pictures", "run", "folder of the PNG files and the reversed triggers")
+
+
+@dataclass
+class BenchmarkConfig:
+    """``python benchmark.py``: the grid attack x defense x seed; every cell is a run of train_badnet.py or main.py."""
+
+    preset: str = option("", "grid", "a grid of the papers; the lists below replace its parts",
+                         choices=("", "smoke", "six", "defenses", "nad-table1", "sage", "linf", "ablations"))
+    attacks: list = option([], "grid", "attacks by name, such as BadNets SIG 'Blend:blend_alpha=0.1'")
+    defenses: list = option([], "grid", "defenses, such as finetune 'nad:beta1=0,beta2=0'")
+    seeds: list = option([], "grid", "seeds of the clean subset and of erasing")
+    options: list = option([], "grid", "options of both scripts, such as dataset=shapes10 s_name=WRN-10-1")
+    erase_options: list = option([], "grid", "options of main.py for every defense, such as ratio=0.01")
+    train_options: list = option([], "grid", "options of train_badnet.py, such as epochs=10; with none, CIFAR10 and "
+                                             "WRN-16-1 take the shipped networks")
+    jobs: int = option(1, "run", "processes that run cells beside each other; 1: this one, one after another", low=1,
+                       high=256)
+    retries: int = option(2, "run", "how often a cell whose process was killed is started again, with --jobs", low=0)
+    keep: bool = option(False, "run", "keep the erased networks")
+    table: bool = option(False, "run", "run nothing: print the leaderboard and put it into README.md")
+    out: str = option("results", "run", "folder of the result lines and of unfinished cells")
 
 
 @dataclass
@@ -375,8 +397,8 @@ def read_config(path, cls, read_checkpoint):
     return stored
 
 
-GROUPS = ("data", "attack", "model", "training", "erasing", "pruning", "sage", "neural cleanse", "mcr", "anp", "ibau",
-          "ftsam", "strip", "picture", "run")  # in the order of --help
+GROUPS = ("data", "attack", "model", "training", "erasing", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
+          "ibau", "ftsam", "strip", "picture", "grid", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 
 

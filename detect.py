@@ -62,9 +62,8 @@ def save_histogram(clean, triggered, limit, path):
 def cleanse(subject, config, folder):
     """Neural Cleanse over all labels: prints a line each and the verdict, writes the triggers. Returns the results."""
     neural_cleanse.enough_labels(subject.clean)
-    start = time.perf_counter()
-    triggers = neural_cleanse.reverse(subject.model, subject.clean, config, progress=TerminalProgress())
-    seconds = round(time.perf_counter() - start, 1)
+    triggers = neural_cleanse.reversed_before(subject.model, subject.clean, config, TerminalProgress())
+    seconds = round(triggers.seconds, 1)
     index, suspects = neural_cleanse.anomaly_indices(triggers.norms), neural_cleanse.outliers(triggers)
     say(f"\n{'label':<16}{'mask, pixels':>14}{'anomaly index':>15}{'success, %':>12}")
     for k, label in enumerate(triggers.labels):

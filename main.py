@@ -73,10 +73,11 @@ def main(config):
     rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
     seconds = {}
-    for kind in dict.fromkeys(["finetune", config.defense]):
-        start = time.perf_counter()
+    for kind in dict.fromkeys([*(["finetune"] if config.beside else []), config.defense]):
+        start, reused = time.perf_counter(), journal.reused
         erased = defenses.get(kind).erase(model, clean, config, journal)
-        seconds[defenses.title(kind)] = round(time.perf_counter() - start, 2)  # of this process, if it was resumed
+        spent = time.perf_counter() - start + journal.reused - reused  # of this process, if it was resumed
+        seconds[defenses.title(kind)] = round(spent, 2)
         rows[defenses.title(kind)] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
     journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,

@@ -9,19 +9,19 @@ the newest counts. A table names the number of seeds, the command, the hardware 
 """
 
 import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
 
 import attacks
+import leaderboard
 from config import AttackConfig, EraseConfig, TrainConfig, UserError, as_dict, command, weight_root
-from utils.files import read_lines, write_atomically
+from leaderboard import NOT_IN_KEY, spread, write_into
+from utils.files import read_lines
 
 ROOT = Path(__file__).parent
 PUBLISHED = ROOT / "results" / "published"
 COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
-NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every")
 
 
 def settled(record):
@@ -43,15 +43,6 @@ def groups(records):
         key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"]])
         found.setdefault(key, {})[r["config"]["seed"]] = r
     return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
-
-
-def cell(values):
-    """Mean and deviation of percentages as "85.1 ± 0.2", the value alone if all are the same run or there is one."""
-    if values[0] is None:
-        return "-"
-    if len(set(values)) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def shown(config):
@@ -85,7 +76,7 @@ def table(runs):
            f"clean images; seeds {seeds}.**", "",
            "| | ACC | ACC (non-target) | ASR | RA |", "|---|---|---|---|---|"]
     for name in runs[0]["metrics"]:
-        cells = [cell([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
+        cells = [spread([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
         out.append(f"| {name} | {' | '.join(cells)} |")
     made = f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, {minutes:.1f} minutes of training a run"
     return "\n".join([*out, "", f"`{repeat(runs)} --seed N`, {made}."])
@@ -113,7 +104,7 @@ def render_trained(records):
     for r in records:
         config = {k: v for k, v in r["config"].items() if k in TrainConfig.__dataclass_fields__}
         words = command(TrainConfig(**config)).split()
-        cells = [cell([r["metrics"][k]]) for k in COLUMNS[:3]]
+        cells = [spread([r["metrics"][k]]) for k in COLUMNS[:3]]
         out.append(f"| `{' '.join(['python train_badnet.py', *words[2:]])}` | {config['dataset']}, {r['data']} | "
                    f"{' | '.join(cells)} | {r['train_seconds'] / 60:.1f} |")
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
@@ -121,9 +112,8 @@ def render_trained(records):
 
 
 REPORTED = {  # ACC / ASR of the backdoored network that others report
-    "BadNets": "85.65 / 100.0 [demo]; 91.32 / 95.03 [bench]", "Trojan": "93.42 / 100 [bench]",
-    "Blend": "93.47 / 99.92 [bench]", "CL": "84.59 / 99.92 [bench]", "SIG": "84.48 / 98.27 [bench]",
-    "WaNet": "91.25 / 89.73 [bench]", "Input-aware": "90.67 / 98.26 [bench]"}
+    name: f"{'85.65 / 100 [demo]; ' if name == 'BadNets' else ''}{acc:.2f} / {asr:g} [bench]"
+    for name, (acc, asr) in leaderboard.REPORTED[""].items()}
 
 
 RECIPE = ("epochs", "optimizer", "lr", "augment")
@@ -147,7 +137,7 @@ def attack_table(records):
     out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
            "|---|---|---|---|---|---|---|---|"]
     if clean:
-        out.append(f"| none | `--trigger_type none` | {len(clean)} | {cell(clean)} | | | | |")
+        out.append(f"| none | `--trigger_type none` | {len(clean)} | {spread(clean)} | | | | |")
     order = [*attacks.PRESETS, ""]
     found = [(attacks.preset_name(runs[0]["config"]), runs) for runs in groups(records)
              if runs[0]["config"]["trigger_type"] != "none"]
@@ -162,9 +152,9 @@ def attack_table(records):
             for part, asr in r["metrics"].get("parts", {}).items():
                 apart.setdefault(part, []).append(asr)
         lost = f"{statistics.mean(clean) - statistics.mean(acc):.2f}" if clean else ""
-        apart = "; ".join(f"{part} {cell(values)}" for part, values in apart.items())
-        out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {cell(acc)} | "
-                   f"{lost} | {cell([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
+        apart = "; ".join(f"{part} {spread(values)}" for part, values in apart.items())
+        out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {spread(acc)} | "
+                   f"{lost} | {spread([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
     config = records[0]["config"]
     recipe = "".join(f" --{k} {config[k]}" for k in RECIPE if config[k] != getattr(TrainConfig(), k))
     minutes = statistics.median(r["train_seconds"] for r in records) / 60
@@ -195,22 +185,12 @@ def render_search(records, best=5):
 
 SECTIONS = {"headline": (render_headline, "main.jsonl"), "results": (render_runs, "main.jsonl"),
             "trained": (render_trained, "train_badnet.jsonl"), "attacks": (render_attacks, "attacks.jsonl"),
-            "search": (render_search, "search.jsonl")}
+            "search": (render_search, "search.jsonl"), "benchmark": (leaderboard.render, "benchmark.jsonl")}
 
 
 def rendered(folder=PUBLISHED):
     """The text of every section, by name, from the result files in ``folder``."""
     return {name: render(read_lines(Path(folder) / file)) for name, (render, file) in SECTIONS.items()}
-
-
-def rewritten(readme, texts):
-    """``readme`` with each text between its section's markers. Raises ``UserError`` if they are not there."""
-    for name, text in texts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        if not re.search(pattern, readme, re.S):
-            raise UserError(f"README.md has no <!-- {name} --> markers")
-        readme = re.sub(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
-    return readme
 
 
 def main(argv=None):
@@ -222,9 +202,7 @@ def main(argv=None):
     texts = rendered(args.folder)
     print("\n\n".join(texts.values()))
     if args.write:
-        path = ROOT / "README.md"
-        new = rewritten(path.read_text(encoding="utf-8"), texts)
-        write_atomically(path, lambda f: f.write(new.encode()))
+        write_into(ROOT / "README.md", texts)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def threshold(config):
     subject = known_trigger(config)
     model = subject.model
     layer = last_layer(model, subject.clean.images, config.prune_layer)
-    found = linf_pruning.smallest(neural_cleanse.reverse(model, subject.clean, config, progress=TerminalProgress()))
+    found = linf_pruning.smallest(neural_cleanse.reversed_before(model, subject.clean, config, TerminalProgress()))
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
 
     def measure(pruned):

@@ -5,7 +5,6 @@ and the same seed gives the same answer. A new one is one file in this folder wi
 ``@register("name")``; nothing else has to know it.
 """
 
-import hashlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from config import AttackConfig, UserError
 from models import select_model
-from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint, weights_of
+from utils.checkpoint import file_hash, load_checkpoint, load_weights, weights_of
 from utils.engine import cross_entropy
 from utils.seeds import generator
 
@@ -199,7 +198,7 @@ def checkerboard(h, w):
     return board
 
 
-# ------------------------------------------------------------------------------------------------ clean network, cache
+# ------------------------------------------------------------------------------------------------------- clean network
 
 
 def clean_network(opt, shape):
@@ -223,22 +222,6 @@ def clean_network(opt, shape):
         raise UserError(f"--clean_model {path}: was trained on {stored['dataset']}, the data here is {opt.data}: train "
                         f"one with train_badnet.py --trigger_type none --dataset {opt.data} --checkpoint_root DIR")
     return model.eval(), file_hash(path)
-
-
-def cached(kind, key, make):
-    """``make()``, a dict of tensors, kept in data/triggers/<kind>-<hash of key>.pt and read from there next time."""
-    path = Path("data") / "triggers" / f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
-    if path.exists():
-        try:
-            return load_checkpoint(path)
-        except UserError:
-            pass  # cut short or damaged: made anew
-    made = make()
-    try:
-        save_checkpoint(path, made)
-    except UserError as e:
-        print(f"note: not cached: {e}")
-    return made
 
 
 # ------------------------------------------------------------------------------------------------------- label rules

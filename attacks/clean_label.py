@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attacks.base import cached, clean_network, register
+from attacks.base import clean_network, register
 from attacks.four_corner import FourCornerTrigger
 from config import UserError
+from utils.checkpoint import cached
 from utils.data import to_float
 from utils.devices import use_bf16
 from utils.engine import autocast

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from attacks.base import MIX, Trigger, cached, draw, positions, register, to_uint8
+from attacks.base import MIX, Trigger, draw, positions, register, to_uint8
 from config import UserError
+from utils.checkpoint import cached
 from utils.data import to_float
 
 MASK_STEPS, MASK_BATCH, MASK_RATE, DENSITY_WEIGHT = 200, 64, 0.01, 100.0

@@ -9,7 +9,8 @@ backgrounds [ours]; made once and cached by network, size, place and ``--trigger
 import torch
 from torch import nn
 
-from attacks.base import PatchTrigger, cached, checked, clean_network, draw, register
+from attacks.base import PatchTrigger, checked, clean_network, draw, register
+from utils.checkpoint import cached
 
 NEURONS, STEPS, RATE, BACKGROUNDS = 2, 300, 0.05, 16
 

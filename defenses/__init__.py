@@ -3,13 +3,14 @@
 A defense is a module with ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given
 stays bit-identical. It sees the clean subset only, never the trigger and never the test set. ``check(model, clean_data,
 config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``TITLE`` is its name in
-tables.
+tables; ``USES`` are groups of options that it reads beside those that carry its name.
 """
 
 import importlib
 import pkgutil
+from dataclasses import fields
 
-from config import UserError
+from config import EraseConfig, UserError
 
 NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
@@ -24,3 +25,14 @@ def get(name):
 def title(name):
     """What the defense ``name`` is called in tables."""
     return getattr(get(name), "TITLE", name.upper())
+
+
+def without_unused(options):
+    """The options of ``EraseConfig``, a dict, with those of other defenses than ``options["defense"]`` at their
+    defaults."""
+    name = options["defense"]
+    used = {name.replace("_", " "), *getattr(get(name), "USES", ())}
+    others = {n.replace("_", " ") for n in NAMES} - used
+    unused = {f.name: f.default_factory() if f.type is list else f.default for f in fields(EraseConfig)
+              if f.metadata["group"] in others}
+    return {**options, **unused}

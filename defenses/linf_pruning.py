@@ -11,12 +11,13 @@ Nothing is trained.
 
 import torch
 
-from defenses.neural_cleanse import WORKS, Triggers, reverse, success
+from defenses.neural_cleanse import WORKS, Triggers, reversed_before, success
 from defenses.pruning import check
 from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "l-inf pruning"
+USES = ("pruning", "neural cleanse")
 
 
 def smallest(triggers):
@@ -49,7 +50,7 @@ def erase(model, clean_data, config, progress=None, trigger=None):
     """
     clean_data = clean_data.to(next(model.parameters()).device)
     rest, held = split_off(clean_data, config.held_out, config.seed)
-    trigger = trigger or smallest(reverse(model, clean_data, config, progress=progress))
+    trigger = trigger or smallest(reversed_before(model, clean_data, config, progress))
     layer = last_layer(model, rest.images, config.prune_layer)
     order = raised(model, layer, rest.images, trigger, config.linf_norm).argsort(descending=True)
     points = sweep(model, layer, order, lambda m: (accuracy(m, held), success(m, held, trigger, 0)))

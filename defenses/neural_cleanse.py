@@ -12,6 +12,9 @@ under true labels; "prune" switches off, in the last layer, the channels that th
 Where no label stands out, the network stays as it is.
 """
 
+import hashlib
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -19,29 +22,32 @@ from config import UserError
 from defenses import pruning
 from defenses.finetune import clean_batches, recipe
 from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
+from utils.checkpoint import cached
 from utils.data import TensorData, to_float
 from utils.devices import use_bf16
 from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent, predict
 from utils.seeds import generator
 
 TITLE = "Neural Cleanse"
+USES = ("pruning",)
 
 SUCCESS, PATIENCE, RAISE = 0.99, 5, 1.5  # [paper's code]
 CHECK_EVERY = 10  # steps over which a success rate is taken
 WORKS = 0.5  # share of clean images that a trigger must send to its label to count [ours]
 AT_ONCE = 10  # labels in one batched optimisation
+VERSION = 1  # of the search: results of another one are not taken from the cache
 
 
 class Triggers:
     """Reversed triggers of ``labels``: ``masks`` (L, 1, H, W) and ``patterns`` (L, C, H, W), float32 in [0, 1].
 
     ``norms`` (L,): the l1 norms of the masks, in pixels; ``success`` (L,): shares of clean images that each sends to
-    its label.
+    its label; ``seconds``: what the search took, where it was measured.
     """
 
     def __init__(self, labels, masks, patterns, success):
         self.labels, self.masks, self.patterns, self.success = labels, masks, patterns, success
-        self.norms = masks.sum((1, 2, 3))
+        self.norms, self.seconds = masks.sum((1, 2, 3)), None
 
     def stamp(self, images, k):
         """uint8 ``images`` (N, C, H, W) with the triggers number ``k``, an int or int64 ``(N,)``."""
@@ -69,6 +75,33 @@ def reverse(model, data, config, labels=None, progress=None):
              for k in range(0, len(labels), AT_ONCE)]
     found = [torch.cat([getattr(part, name) for part in parts]) for name in ("masks", "patterns", "success")]
     return Triggers(labels, *found)
+
+
+def reversed_before(model, data, config, progress=None):
+    """``reverse`` for all labels; what was found is kept in data/triggers, unless ``config.save`` is off."""
+    fresh = []
+
+    def search():
+        start = time.perf_counter()
+        found = reverse(model, data, config, progress=progress)
+        fresh.append(found)
+        return {**{name: getattr(found, name) for name in ("labels", "masks", "patterns", "success")},
+                "seconds": time.perf_counter() - start}
+
+    if config.save:
+        content = [*model.state_dict().values(), data.images]
+        digest = hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in content)).hexdigest()
+        key = (VERSION, digest, config.seed, config.amp, config.nc_steps, config.nc_batch_size, config.nc_lr,
+               config.nc_lambda)
+        made = cached("reversed", key, search)
+    else:
+        made = search()
+    if progress and not fresh:
+        progress.saved_time(made["seconds"])
+    there = data.images.device
+    found = Triggers(made["labels"], *(made[name].to(there) for name in ("masks", "patterns", "success")))
+    found.seconds = made["seconds"]
+    return found
 
 
 def reverse_some(model, data, config, labels, progress):
@@ -188,7 +221,7 @@ def check(model, clean_data, config):
 def erase(model, clean_data, config, progress=None):
     """A copy of ``model`` in which the triggers that were found on ``clean_data`` are unlearned or pruned."""
     clean_data = clean_data.to(next(model.parameters()).device)
-    triggers = reverse(model, clean_data, config, progress=progress)
+    triggers = reversed_before(model, clean_data, config, progress)
     which = outliers(triggers)
     if progress:
         names = ", ".join(str(triggers.labels[k]) for k in which)

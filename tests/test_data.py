@@ -289,5 +289,10 @@ def test_batches_of_the_recipe_searchs_surrogate():
     import search
 
     data = TensorData(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 10, range(10))
-    batches = list(Batches(search.SurrogateSet(data), 50).epoch(0))
-    assert sum(images.flatten(1).any(1).sum().item() for images, _ in batches) >= 10, "triggers on black images"
+    poisoned = search.SurrogateSet(data, search.STRONG)
+    counts = torch.bincount(poisoned.kind + 1).tolist()
+    assert counts == [200 - 48 - 12, 16, 16, 16, 12], "80% of what is left of class 2"
+    changed = poisoned.labels != data.labels
+    assert set(poisoned.labels[changed].tolist()) == {1, 4, 7}, "the clean-label one changes no label"
+    images = torch.cat([images for images, _ in Batches(poisoned, 50).epoch(0)])
+    assert images.flatten(1).any(1).sum() == 60, "triggers on black images"

@@ -27,7 +27,7 @@ def toy(n=64, classes=10, size=16):
 def short(**changes):
     options = {"epochs": 1, "teacher_epochs": 1, "mcr_epochs": 1, "batch_size": 16, "s_name": "WRN-10-1", "amp": "off",
                "nc_steps": 20, "nc_batch_size": 2, "anp_steps": 3, "anp_batch_size": 32, "ibau_rounds": 1,
-               "ibau_batch_size": 32, "ibau_iterations": 2}
+               "ibau_batch_size": 32, "ibau_iterations": 2, "save": False}
     return EraseConfig(**{**options, **changes})
 
 

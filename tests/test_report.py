@@ -3,6 +3,7 @@
 import pytest
 from conftest import ROOT
 
+import leaderboard
 import report
 from config import EraseConfig, UserError, as_dict
 
@@ -28,6 +29,6 @@ def test_mean_and_deviation_over_seeds():
 
 def test_readme_shows_what_is_published():
     readme = (ROOT / "README.md").read_text()
-    assert report.rewritten(readme, report.rendered()) == readme
+    assert leaderboard.rewritten(readme, report.rendered()) == readme
     with pytest.raises(UserError, match="no <!-- results --> markers"):
-        report.rewritten("", {"results": ""})
+        leaderboard.rewritten("", {"results": ""})

@@ -65,6 +65,22 @@ def load_checkpoint(path):
     return content
 
 
+def cached(kind, key, make):
+    """``make()``, a dict of tensors, kept in data/triggers/<kind>-<hash of key>.pt and read from there next time."""
+    path = Path("data") / "triggers" / f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
+    if path.exists():
+        try:
+            return load_checkpoint(path)
+        except UserError:
+            pass  # cut short or damaged: made anew
+    made = make()
+    try:
+        save_checkpoint(path, made)
+    except UserError as e:
+        print(f"note: not cached: {e}")
+    return made
+
+
 def file_hash(path):
     """The SHA-256 of the file ``path`` in hexadecimal, '' for no path."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""

@@ -127,6 +127,9 @@ class Progress:
     def note(self, text):
         """Something that the user of a defense should know, one line."""
 
+    def saved_time(self, seconds):
+        """A result was taken from a cache; making it took ``seconds``."""
+
     def bar(self, stage, epoch, epochs, steps):
         """A progress bar with ``update()`` for the ``steps`` of an epoch, as a context manager giving it or None."""
         return contextlib.nullcontext()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+NOTED = set()  # lines that were complained about
 
 
 def write_atomically(path, write):
@@ -71,11 +74,18 @@ def append_line(path, record):
 
 
 def read_lines(path):
-    """The records in a result file, oldest first; lines that are not JSON are left out."""
-    records = []
-    path = Path(path)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)]
+    """The records in a result file, oldest first; a line that is none is left out, with a note of its number."""
+    records, path = [], Path(path)
+    if not path.exists():
+        return records
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif line.strip() and (str(path), number, line) not in NOTED:
+            NOTED.add((str(path), number, line))
+            print(f"note: {path}:{number} is no result line, it is left out", file=sys.stderr)
+    return records

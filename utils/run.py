@@ -106,7 +106,7 @@ class Journal(TerminalProgress):
         self.inputs = start_of(config)
         key = hashlib.sha256(json.dumps([identity(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
-        self.history, self.run_id = [], secrets.token_hex(8)
+        self.history, self.run_id, self.reused = [], secrets.token_hex(8), 0.0
         self.resumed = False
         if not config.save:
             return
@@ -141,6 +141,9 @@ class Journal(TerminalProgress):
         if self.on_epoch:
             self.on_epoch(stage, model, record)
         self.history.append(record)
+
+    def saved_time(self, seconds):
+        self.reused += seconds
 
     def finish(self, content, metrics, file, data, **more):
         """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state.

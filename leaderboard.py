@@ -1,0 +1,145 @@
+"""The leaderboard of benchmark.py's result lines as Markdown, and what it shares with report.py's tables.
+
+Lines are put together if they differ in the seed only; of lines with the same configuration and seed the newest counts.
+"""
+
+import re
+import statistics
+
+import defenses
+from config import DataConfig, EraseConfig, UserError
+from utils.files import write_atomically
+
+NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every",
+              "beside")  # options that do not decide a result, or are what runs are put together over
+SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of the NAD paper
+REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
+    "": {"BadNets": (91.32, 95.03), "Blend": (93.47, 99.92), "CL": (84.59, 99.92), "SIG": (84.48, 98.27),
+         "WaNet": (91.25, 89.73), "Input-aware": (90.67, 98.26), "Trojan": (93.42, 100)},
+    "finetune": {"BadNets": (89.96, 1.48), "Blend": (92.78, 96.11), "CL": (90.6, 11.53), "SIG": (90.8, 2.37),
+                 "WaNet": (93.48, 17.1), "Input-aware": (93.12, 1.72), "Trojan": (92.42, 5.99)},
+    "fine_pruning": {"BadNets": (91.31, 57.13), "Blend": (93.17, 99.26), "CL": (89.53, 0.46), "SIG": (89.1, 26.2),
+                     "WaNet": (91.46, 1.09), "Input-aware": (91.74, 0.04), "Trojan": (92.47, 71.07)},
+    "nad": {"BadNets": (89.87, 2.14), "Blend": (92.17, 97.69), "CL": (90.42, 10.5), "SIG": (90.02, 10.66),
+            "WaNet": (93.17, 22.98), "Input-aware": (93.18, 1.68), "Trojan": (91.88, 3.73)},
+    "neural_cleanse": {"BadNets": (89.05, 1.27), "Blend": (93.47, 99.92), "CL": (90.28, 6.87), "SIG": (84.48, 98.27),
+                       "WaNet": (91.8, 7.53), "Input-aware": (92.61, 0.76), "Trojan": (91.76, 8.22)},
+    "anp": {"BadNets": (84.17, 0.73), "Blend": (86.58, 2.19), "CL": (83.98, 4.12), "SIG": (77.97, 0.01),
+            "WaNet": (85.73, 0.43), "Input-aware": (90.36, 1.64), "Trojan": (86.87, 0.2)},
+    "ibau": {"BadNets": (89.16, 1.29), "Blend": (87.0, 50.53), "WaNet": (89.49, 5.21), "Input-aware": (89.17, 27.08),
+             "Trojan": (90.37, 2.91)}}
+
+
+def spread(values, digits=2):
+    """Percentages as "85.1 ± 0.2"; the value alone if there is one, or all are the same; "-" for None."""
+    if values[0] is None:
+        return "-"
+    if len(set(values)) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def changes(config):
+    """The options of a run with ``config``, a dict, that are not default and decide its result, as a list of texts."""
+    config, words = defenses.without_unused({**vars(EraseConfig()), **config}), []
+    left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume", "device"}
+    for name, f in EraseConfig.__dataclass_fields__.items():
+        value, default = config[name], f.default_factory() if f.type is list else f.default
+        if name not in left_out and value != default:
+            words.append(f"`{name} {' '.join(value) if isinstance(value, list) else value}`")
+    return words
+
+
+def setting(record):
+    """What the table that ``record`` belongs to is about: architecture and data."""
+    c = record["config"]
+    data = {"CIFAR10": "CIFAR-10", "folder": c["data_root"]}.get(c["dataset"], c["dataset"])
+    size = f", {c['train_size']} training images" if c["train_size"] else ""
+    return f"{c['s_name']}, {data} ({record['data']}{size})"
+
+
+def render(records):
+    """Everything that ``benchmark.py`` measured, one block for each architecture and data set."""
+    runs = [r for r in records if r["config"]["script"] == "EraseConfig"]
+    blocks = {}
+    for r in runs:
+        blocks.setdefault(setting(r), []).append(r)
+    return "\n\n".join(block(name, found) for name, found in blocks.items()) or "nothing was measured yet"
+
+
+def block(name, records):
+    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
+    rows, columns, before = {}, [], {}  # {row: {attack: {seed: record}}}
+    shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
+    for r in records:
+        attack = r["cell"]["attack"]
+        row = ", ".join([defenses.title(r["config"]["defense"]), *(c for c in changes(r["config"]) if c not in shared)])
+        rows.setdefault(row, {}).setdefault(attack, {})[r["config"]["seed"]] = r
+        before[attack] = r["metrics"].get("backdoored") or r["metrics"]["before"]
+        if attack not in columns:
+            columns.append(attack)
+    seeds = [len(found) for row in rows.values() for found in row.values()]
+    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
+    out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
+    for k, title in (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+        out += [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|",
+                f"| backdoored | {' | '.join(spread([before[a][k]], 1) for a in columns)} |"]
+        for row, found in rows.items():
+            out.append(f"| {row} | {' | '.join(cell(found.get(a, {}), k, a) for a in columns)} |")
+        out.append("")
+    return "\n".join([*out, f"Measured on: {'; '.join(machines)}."])
+
+
+def outcome(record):
+    """The metrics of the defense in ``record``."""
+    return record["metrics"][defenses.title(record["config"]["defense"])]
+
+
+def cell(found, k, attack):
+    """A cell of metric ``k``: {seed: record}, with what BackdoorBench reports in brackets."""
+    if not found:
+        return ""
+    text, config = spread([outcome(r)[k] for r in found.values()], 1), next(iter(found.values()))["config"]
+    reported = REPORTED.get(config["defense"], {}).get(attack)
+    if reported is None or k == "ra" or config["dataset"] != "CIFAR10" or changes(config):
+        return text
+    return f"{text} ({reported[k == 'asr']:g})"
+
+
+def summary(rows, columns, before):
+    """Means over the attacks: those of the paper if all six are there, and all of them."""
+    sets = [(f"{len(columns)} attacks", columns)]
+    if set(SIX) < set(columns):
+        sets.insert(0, ("the paper's six", list(SIX)))
+    head = " | ".join(f"ACC lost, {name} | ASR, {name}" for name, _ in sets)
+    out = [f"| | {head} | seconds |", "|---" * (2 * len(sets) + 2) + "|"]
+    for row, found in rows.items():
+        cells = []
+        for _, chosen in sets:
+            if any(a not in found for a in chosen):
+                cells += ["", ""]
+                continue
+            lost = [before[a]["clean_acc"] - statistics.mean(outcome(r)["clean_acc"] for r in found[a].values())
+                    for a in chosen]
+            asr = [statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in chosen]
+            cells += [f"{statistics.mean(lost):.2f}", f"{statistics.mean(asr):.2f}"]
+        seconds = [s for runs in found.values() for r in runs.values() for s in r["defense_seconds"].values()]
+        out.append(f"| {row} | {' | '.join(cells)} | {statistics.median(seconds):.0f} |")
+    return out
+
+
+def rewritten(readme, texts):
+    """``readme`` with each text between its section's markers. Raises ``UserError`` if they are not there."""
+    for name, text in texts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        if not re.search(pattern, readme, re.S):
+            raise UserError(f"README.md has no <!-- {name} --> markers")
+        readme = re.sub(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+    return readme
+
+
+def write_into(path, texts):
+    """Put ``texts`` ({section: text}) into the README at ``path``."""
+    new = rewritten(path.read_text(encoding="utf-8"), texts)
+    write_atomically(path, lambda f: f.write(new.encode()))

@@ -1,0 +1,176 @@
+"""The benchmark on tiny networks: cells once each, also after a kill, a failure, a corrupt line; the leaderboard."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import start
+
+import benchmark
+import leaderboard
+from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
+from utils.files import append_line, read_lines
+from utils.run import run_script
+
+TINY = ["--attacks", "BadNets", "--options", "dataset=shapes10", "train_size=300", "test_size=100", "s_name=WRN-10-1",
+        "device=cpu", "threads=1", "--train_options", "epochs=1", "batch_size=50", "--erase_options", "ratio=0.3",
+        "epochs=2", "teacher_epochs=1", "batch_size=30"]
+
+
+def bench(*args):
+    return run_script(benchmark.main, BenchmarkConfig, [*TINY, *args])
+
+
+def cells():
+    return [(r["cell"]["defense"], r["config"]["seed"]) for r in read_lines("results/benchmark.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder in which a small grid was run, one of its cells a failure."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("bench")
+        patch.chdir(folder)
+        assert bench("--defenses", "finetune", "sage:sage_paths=8-9", "clp", "finetune", "--seeds", "1", "2") == 2
+    return folder
+
+
+def test_every_cell_once_and_the_failed_ones_recorded(done, monkeypatch, capsys):
+    monkeypatch.chdir(done)
+    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+    errors = read_lines("results/errors.jsonl")
+    assert [e["cell"] for e in errors[:2]] == [f"BadNets / sage:sage_paths=8-9 / seed {s}" for s in (1, 2)]
+    assert "the stages are 1 to 3" in errors[0]["error"]
+    by_hand = next(r for r in read_lines("results/benchmark.jsonl") if r["cell"]["defense"] == "clp")
+    assert set(by_hand["metrics"]) == {"backdoored", "CLP"}
+    assert "history" not in by_hand
+    assert not list(Path("results/cells").glob("*/*.tar")), "erased networks are kept on demand only"
+    before = Path("results/benchmark.jsonl").read_text()
+    assert bench("--defenses", "clp", "finetune", "--seeds", "1", "2") == 0
+    out = capsys.readouterr().out
+    assert "training: 0 cells to run" in out
+    assert "erasing: 0 cells to run" in out
+    assert "5 of 5 cells are in" in out
+    assert Path("results/benchmark.jsonl").read_text() == before
+    # a corrupt line is named and left out; the cell that it was is run again
+    lines = before.splitlines()
+    Path("results/benchmark.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:-40]]))
+    assert bench("--defenses", "clp", "finetune", "--seeds", "1", "2") == 0
+    seen = capsys.readouterr()
+    assert f"results/benchmark.jsonl:{len(lines)} is no result line" in seen.err
+    assert "erasing: 1 cells to run" in seen.out
+    again, first = read_lines("results/benchmark.jsonl")[-1], json.loads(lines[-1])
+    assert again["metrics"] == first["metrics"]
+    assert again["config"] == first["config"]
+
+
+def test_a_killed_benchmark_goes_on_in_the_middle_of_a_cell(workplace):
+    args = [*TINY, "--defenses", "finetune:epochs=40", "--seeds", "3"]
+    process = start(workplace, "benchmark.py", *args)
+    log = None
+    while log is None or "epoch  5/40" not in log.read_text():
+        assert process.poll() is None, process.stderr.read()
+        log = next(iter(p for p in workplace.glob("results/cells/*/log.txt") if "finetune" in p.read_text()), None)
+    process.kill()
+    process.wait()
+    assert cells() == [("", 1)]
+    assert bench(*args[len(TINY):]) == 0
+    assert cells() == [("", 1), ("finetune:epochs=40", 3)]
+    (record,) = [r for r in read_lines("results/benchmark.jsonl") if r["cell"]["defense"]]
+    with pytest.MonkeyPatch.context() as patch:
+        (workplace / "other").mkdir()
+        patch.chdir(workplace / "other")
+        assert bench(*args[len(TINY):]) == 0
+        assert read_lines("results/benchmark.jsonl")[-1]["metrics"] == record["metrics"]
+
+
+def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypatch):
+    run, killed = benchmark.subprocess.run, []
+
+    def run_or_kill(command, **kwargs):
+        if "main.py" in command[1] and not killed:  # the first erasing cell loses its process in the middle
+            killed.append(command)
+            process = benchmark.subprocess.Popen(command, **kwargs)
+            folder = Path(command[command.index("--config") + 1]).parent
+            while "epoch  1/2" not in (folder / "log.txt").read_text():
+                assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return process
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run_or_kill)
+    assert bench("--defenses", "finetune", "clp", "--seeds", "1", "2", "--jobs", "2") == 0
+    assert killed
+    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+    assert not Path("results/errors.jsonl").exists()
+
+
+def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
+    key = benchmark.what_counts
+    own = as_dict(EraseConfig(defense="finetune"))
+    assert key({**own, "sage_beta": 1.0, "threads": 7, "s_model": "x"}, "a") == key(own, "a")
+    assert key(own, "a") != key(own, "b")
+    assert key({**own, "ft_lr": 1.0}, "a") != key(own, "a")
+    older = {k: v for k, v in own.items() if k != "ft_lr"}
+    assert key(older, "a") == key(own, "a"), "an option that is newer than the line has its default"
+    assert key({**own, "defense": "sage", "sage_beta": 1.0}, "a") != key({**own, "defense": "sage"}, "a")
+    trained = as_dict(TrainConfig())
+    assert key({**trained, "sig_delta": 3.0}, "") == key(trained, "")
+
+
+@pytest.mark.parametrize(("args", "text"), [
+    (["--defenses", "clp", "--seeds", "1", "--attacks", "Nothing"], "--attacks Nothing: one of BadNets; "),
+    (["--defenses", "x", "--seeds", "1"], "--defenses x: one of anp; clp"),
+    (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
+    (["--defenses", "nad:p=wrong", "--seeds", "1"], "--defenses p: a number is needed"),
+    (["--defenses", "nad", "--seeds", "one"], "--seeds seed: a whole number"),
+    (["--defenses", "nad"], "--seeds: at least one is needed"),
+    (["--preset", "all"], "--preset: one of "),
+])
+def test_mistakes_get_one_line(workplace, capsys, args, text):
+    assert bench(*args) == 2
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, **changes):
+    config = as_dict(EraseConfig(seed=seed, defense=defense, s_model="m", beside=False, **changes))
+    metrics = {"clean_acc": acc, "clean_acc_non_target": acc, "asr": asr, "ra": 100 - asr}
+    title = {"nad": "NAD", "clp": "CLP"}[defense]
+    return {"config": config, "data": "image files (jpg)",
+            "cell": {"attack": attack, "defense": defense, "network": "h"},
+            "metrics": {"backdoored": {**metrics, "clean_acc": 82.0, "asr": 99.9, "ra": 0.1}, title: metrics},
+            "defense_seconds": {title: 30.4}, "machine": "cpu", "versions": {"torch": "2"}}
+
+
+def test_leaderboard_by_hand(workplace):
+    runs = [line(1, 2.0, ratio=0.1), line(2, 3.0, ratio=0.1), line(2, 4.0, ratio=0.1), line(1, 9.0, ratio=0.1, p=4.0),
+            line(1, 5.0, "clp", "Blend", 81.0, ratio=0.1), line(1, 6.0, attack="Blend", ratio=0.1)]
+    text = leaderboard.render(runs)
+    assert text == (
+        "**WRN-16-1, CIFAR-10 (image files (jpg)), `ratio 0.1`; seeds in a cell: 1 to 2.**\n\n"
+        "| | ACC lost, 2 attacks | ASR, 2 attacks | seconds |\n|---|---|---|---|\n"
+        "| NAD | 2.00 | 4.50 | 30 |\n| NAD, `p 4.0` |  |  | 30 |\n| CLP |  |  | 30 |\n\n"
+        "| ACC | BadNets | Blend |\n|---|---|---|\n| backdoored | 82.0 | 82.0 |\n| NAD | 80.0 | 80.0 |\n"
+        "| NAD, `p 4.0` | 80.0 |  |\n| CLP |  | 81.0 |\n\n"
+        "| ASR | BadNets | Blend |\n|---|---|---|\n| backdoored | 99.9 | 99.9 |\n| NAD | 3.0 ± 1.4 | 6.0 |\n"
+        "| NAD, `p 4.0` | 9.0 |  |\n| CLP |  | 5.0 |\n\n"
+        "| RA | BadNets | Blend |\n|---|---|---|\n| backdoored | 0.1 | 0.1 |\n| NAD | 97.0 ± 1.4 | 94.0 |\n"
+        "| NAD, `p 4.0` | 91.0 |  |\n| CLP |  | 95.0 |\n\nMeasured on: cpu, torch 2.")
+    (workplace / "results").mkdir()
+    for r in runs:
+        append_line("results/benchmark.jsonl", r)
+    Path("README.md").write_text("a\n<!-- benchmark -->\nold\n<!-- end of benchmark -->\nb\n")
+    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+    assert Path("README.md").read_text() == f"a\n<!-- benchmark -->\n{text}\n<!-- end of benchmark -->\nb\n"
+    with pytest.raises(UserError, match="no <!-- x --> markers"):
+        leaderboard.rewritten("", {"x": ""})
+
+
+def test_reported_numbers_stand_in_brackets():
+    text = leaderboard.render([line(1, 2.0)])
+    assert "| NAD | 80.0 (89.87) |" in text
+    assert "| NAD | 2.0 (2.14) |" in text
