@@ -21,3 +21,9 @@ def grad_cam(model, images, layer, classes=None):
         classes = logits.argmax(1) if classes is None else classes
         grads = taken.as_nchw(torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), raw)[0])
     return F.relu((grads.mean((2, 3), keepdim=True) * features).sum(1)).detach(), classes
+
+
+def deepest(model, images, layers):
+    """The last of ``layers`` whose Grad-CAM is not 0 on all ``images`` (N, C, H, W), as that of a transformer's last
+    block is, of whose tokens only the class token is read; the last one if there is none."""
+    return next((name for name in reversed(layers) if grad_cam(model, images, name)[0].any()), layers[-1])

@@ -198,6 +198,8 @@ class EraseConfig(SubjectConfig):
                                low=0.0)
     teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
+    rounds: int = option(1, "erasing", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
+                         low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)

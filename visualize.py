@@ -19,7 +19,7 @@ from tqdm import tqdm
 import attacks
 import defenses
 from at import attention_map
-from cam import grad_cam
+from cam import deepest, grad_cam
 from config import AttackConfig, PictureConfig, StudyConfig, UserError
 from data_loader import load_data
 from defenses import linf_pruning, neural_cleanse
@@ -196,7 +196,7 @@ def gradcam(config):
     """Grad-CAM of the predicted class at the last stage of each network, on clean and triggered images."""
     subject = known_trigger(config)
     networks, names = shown_networks(subject, config), subject.clean.classes
-    layer = feature_layers(subject.model, config.layers)[-1]
+    layer = deepest(subject.model, to_float(subject.test.images[:8]), feature_layers(subject.model, config.layers))
 
     def draw(axes, image):
         for axis, (_, model) in zip(axes, networks, strict=True):

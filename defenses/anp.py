@@ -31,16 +31,16 @@ def norms(model):
 class Masks(nn.Module):
     """What is trained: one mask a BatchNorm layer, ``(channels,)``, all 1 at first. Calling it runs the network."""
 
-    def __init__(self, model):
+    def __init__(self, model, freeze_bn=False):
         super().__init__()
-        self.names = norms(model)
+        self.names, self.freeze_bn = norms(model), freeze_bn
         self.network = [model.train().requires_grad_(False)]  # in a list: its weights are not this module's
         modules = dict(model.named_modules())
         self.masks = nn.ParameterList([torch.ones_like(modules[name].weight) for name in self.names])
 
     def train(self, mode=True):
-        """Batch statistics in training, the network's own in evaluation."""
-        self.network[0].train(mode)
+        """Batch statistics in training (unless they are frozen), the network's own in evaluation."""
+        self.network[0].train(mode and not self.freeze_bn)
         return super().train(mode)
 
     def forward(self, images, on_scale=None, on_shift=None):
@@ -86,7 +86,7 @@ def learn_masks(model, clean_data, config, progress=None):
     """{name of a BatchNorm layer: its mask, float32 ``(channels,)`` in [0, 1]}."""
     clean_data = clean_data.to(next(model.parameters()).device)
     batches = Batches(clean_data, config.anp_batch_size, make_augment(config), config.seed, "anp")
-    masks = fit(Masks(clone(model)), MaskLoss(config.anp_alpha, config.anp_eps), batches,
+    masks = fit(Masks(clone(model), config.freeze_bn), MaskLoss(config.anp_alpha, config.anp_eps), batches,
                 epochs=math.ceil(config.anp_steps / len(batches)), lr=config.anp_lr, lr_schedule="constant",
                 momentum=0.9, weight_decay=0.0, seed=config.seed, stage="anp", progress=progress,
                 amp=use_bf16(config.amp, clean_data.images.device))

@@ -13,6 +13,7 @@ sum is clipped to [0, 1], and BatchNorm's statistics stay as they are.
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel  # the only kernel that can be differentiated twice
 
 from config import UserError
 from utils.data import Batches, make_augment, to_float
@@ -61,10 +62,15 @@ def erase(model, clean_data, config, progress=None):
     model = clone(model).eval()
     adam = torch.optim.Adam(model.parameters(), lr=config.ibau_lr)
     batches = Batches(clean_data, config.ibau_batch_size, make_augment(config), config.seed, "ibau")
-    gen, progress = generator(config.seed, "ibau"), progress or Progress()
-    for epoch in range(config.ibau_rounds):
-        d = find_perturbation(model, clean_data, config, gen)
-        with progress.bar("ibau", epoch, config.ibau_rounds, len(batches)) as bar:
+    progress, first = progress or Progress(), 0
+    state = progress.load("ibau")
+    if state:
+        model.load_state_dict(state["state_dict"])
+        adam.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+    for epoch in range(first, config.ibau_rounds):
+        d = find_perturbation(model, clean_data, config, generator(config.seed, "ibau", epoch))
+        with progress.bar("ibau", epoch, config.ibau_rounds, len(batches)) as bar, sdpa_kernel(SDPBackend.MATH):
             for images, labels in batches.epoch(epoch):
                 for p, g in zip(model.parameters(), hypergradient(model, images, labels, d, config), strict=True):
                     p.grad = g
@@ -74,4 +80,6 @@ def erase(model, clean_data, config, progress=None):
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"ibau: the weights are not finite in round {epoch + 1}. Try a smaller --ibau_lr than "
                             f"{config.ibau_lr}")
+        progress.save("ibau", {"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": epoch + 1,
+                               "history": []})
     return model

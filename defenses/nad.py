@@ -2,6 +2,7 @@
 
     teacher:  the network itself, fine-tuned on the clean subset (or any network, --t_model)
     student:  the network, trained on CE(student(x), y) + sum_l beta_l AT(F_s^l, F_t^l)
+    rounds:   from the second on (``--rounds``), the student of the round before is the teacher of a new student
 
 The attention-transfer loss AT is in ``at.py``. The teacher is frozen, in eval mode, and runs without gradient; student
 and teacher see the same augmented images, once a step each.
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe, tune
-from models import Features, feature_layers, select_model
+from models import Features, feature_layers, needs_pixels, select_model
 from utils.data import to_float
 from utils.engine import clone, fit
 
@@ -47,9 +48,7 @@ class NADLoss:
             features_s, features_t = taken_s.outputs(), taken_t.outputs()
         if not self.checked:
             for layer, f in zip(self.layers, features_s, strict=True):
-                if f.shape[2] * f.shape[3] == 1:
-                    raise UserError(f"--layers {layer}: its feature map has one pixel, so that the attention loss "
-                                    f"would be 0 for any two networks; name an earlier layer")
+                needs_pixels(layer, f)
             self.checked = True
         loss = F.cross_entropy(logits, labels)
         for term in self.terms(features_s, features_t):
@@ -100,7 +99,9 @@ def erase(model, clean_data, config, progress=None, teacher=None):
     if teacher is None:
         check(model, clean_data, config)
         teacher = make_teacher(model, clean_data, config, progress)
-    loss = make_loss(model, teacher, config)
-    # the batches of fine-tuning, so that what differs between the two is the distillation alone
-    return fit(clone(model), loss, clean_batches(clean_data, config, "finetune"), epochs=config.epochs, lr=config.lr,
-               lr_schedule=config.lr_schedule, stage="nad", progress=progress, **recipe(model, config))
+    for k in range(config.rounds):
+        # the batches of fine-tuning, so that what differs between the two is the distillation alone
+        teacher = fit(clone(model), make_loss(model, teacher, config), clean_batches(clean_data, config, "finetune"),
+                      epochs=config.epochs, lr=config.lr, lr_schedule=config.lr_schedule,
+                      stage=f"nad {k + 1}" if k else "nad", progress=progress, **recipe(model, config))
+    return teacher

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe
-from models import Features, feature_layers
+from models import Features, feature_layers, needs_pixels
 from utils.data import to_float
 from utils.engine import clone, fit
 
@@ -74,9 +74,7 @@ class SADLoss:
             logits = model(images)
             features = dict(zip(self.layers, taken.outputs(), strict=True))
         for name, f in features.items():
-            if f.shape[2] * f.shape[3] == 1:
-                raise UserError(f"--layers {name}: its feature map has one pixel, so that its attention is the same "
-                                f"for every network; name an earlier layer")
+            needs_pixels(name, f)
         loss = F.cross_entropy(logits, labels)
         for shallow, deep in self.pairs:
             target = features[shallow].detach()

@@ -63,6 +63,13 @@ class Features:
         return f.permute(0, 3, 1, 2) if self.channels_last else f
 
 
+def needs_pixels(layer, f):
+    """Raise ``UserError`` if the feature map ``f`` (N, C, H, W) of ``layer`` has one pixel."""
+    if f.shape[2] * f.shape[3] == 1:
+        raise UserError(f"--layers {layer}: its feature map has one pixel, so that its attention is the same for every "
+                        f"network and its loss 0; name an earlier layer")
+
+
 def find_stages(model, images, most=3):
     """Names of the last ``most`` stages of ``model``: the last layer at each resolution, shallow to deep.
 

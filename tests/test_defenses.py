@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision import models
 
 import defenses
 import strip
-from cam import grad_cam
+from cam import deepest, grad_cam
 from config import EraseConfig, UserError
-from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, neural_cleanse, pruning, sage
+from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, nad, neural_cleanse, pruning, sage
 from models import Features, build
 from utils.channels import KeptAtZero, channel_norms, last_layer, split_off, zero_channels
 from utils.data import Batches, TensorData, to_float
@@ -65,7 +66,11 @@ def test_titles():
 
 def test_the_last_layer_is_the_last_that_runs():
     assert last_layer(network(), toy().images) == "bn1"
-    assert last_layer(build("torchvision:resnet18", 10), toy(4, size=32).images) == "layer4.1.bn2"
+    assert last_layer(build("AlexNet", 10), toy(4, size=32).images) == "conv5"
+    assert last_layer(build("torchvision:vgg11_bn", 10), toy(4, size=32).images) == "features.26"
+    for name, layer in (("ResNet18", "layer4"), ("torchvision:resnet18", "layer4"),
+                        ("torchvision:efficientnet_b0", "features")):  # a sum, or another activation, comes after it
+        assert last_layer(build(name, 10), toy(4, size=64).images) == layer
     with pytest.raises(UserError, match="--prune_layer nowhere.*block1.layer.0.conv1"):
         last_layer(network(), toy().images, "nowhere")
 
@@ -90,6 +95,27 @@ def test_pruned_channels_are_zero_and_stay_so_through_fine_tuning(layer):
     kept = torch.ones(len(after), dtype=torch.bool)
     kept[gone] = False
     assert (after[kept] != before[kept]).flatten(1 if after.ndim > 1 else 0).any()
+
+
+def test_channels_behind_a_residual_sum_are_switched_off_in_the_head():
+    model, gone, data = build("ResNet18", 10).eval(), torch.tensor([0, 5, 7]), toy()
+
+    def logits(zeroed):
+        handle = model.layer4.register_forward_hook(lambda _m, _i, out: out.index_fill(1, zeroed, 0))
+        with torch.no_grad():
+            out = model.eval()(to_float(data.images))
+        handle.remove()
+        return out
+
+    expected, none = logits(gone), torch.tensor([], dtype=torch.int64)
+    assert not torch.allclose(expected, logits(none))
+    zero_channels(model, "layer4", gone)
+    assert torch.allclose(logits(none), expected, atol=1e-6)
+    with KeptAtZero(model, "layer4", gone):
+        fit(model, cross_entropy, Batches(data, 16), epochs=1, lr=0.1, lr_schedule="constant", momentum=0.9,
+            weight_decay=1e-2, seed=0, stage="test")
+    assert (model.fc.weight[:, gone] == 0).all()
+    assert (model.fc.weight != 0).sum() == 10 * 509
 
 
 def test_channel_norms_by_hand():
@@ -179,6 +205,18 @@ def test_linf_pruning_takes_the_fewest_channels_that_stop_the_synthetic_trigger(
 
 
 # ---------------------------------------------------------------------------------------------------------------- SAGE
+
+
+def test_rounds_take_the_student_before_as_teacher(monkeypatch):
+    model, data, teachers = network(), toy(), []
+    monkeypatch.setattr(nad, "make_loss", lambda m, t, c, own=nad.make_loss: teachers.append(t) or own(m, t, c))
+    first, third = (nad.erase(model, data, short(rounds=k)) for k in (1, 3))
+    assert len(teachers) == 2 + 4, "the check before training takes one of its own"
+    again = fit(clone(model), nad.make_loss(model, first, short()), nad.clean_batches(data, short(), "finetune"),
+                epochs=1, lr=0.01, lr_schedule="demo", stage="nad", **nad.recipe(model, short()))
+    state = teachers[5].state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items()), "round 2, from the network itself"
+    assert any(not torch.equal(v, third.state_dict()[k]) for k, v in state.items())
 
 
 def test_the_rate_is_halved_by_c1_and_c2():
@@ -451,6 +489,28 @@ def test_auroc_and_threshold_by_hand():
     assert strip.auroc(clean, triggered) == pytest.approx((3 + 2.5) / 6)
     assert strip.auroc(clean, clean) == pytest.approx(0.5)
     assert strip.threshold(torch.arange(101.0), 0.01) == pytest.approx(1.0)
+
+
+def small_transformer():
+    torch.manual_seed(0)
+    vit = models.VisionTransformer(image_size=16, patch_size=4, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=16,
+                                   num_classes=10)
+    nn.init.normal_(vit.heads.head.weight)
+    vit.feature_layers = tuple(f"encoder.layers.encoder_layer_{k}" for k in range(3))
+    return vit.eval()
+
+
+def test_i_bau_differentiates_attention_twice():
+    model = small_transformer()
+    erased = ibau.erase(model, toy(), short())
+    assert not torch.equal(erased.heads.head.weight, model.heads.head.weight)
+
+
+def test_grad_cam_of_a_transformer_looks_before_the_last_block():
+    model = small_transformer()
+    images = to_float(toy(4).images)
+    assert not grad_cam(model, images, model.feature_layers[-1])[0].any(), "only the class token is read there"
+    assert deepest(model, images, model.feature_layers) == model.feature_layers[1]
 
 
 def test_grad_cam_of_a_linear_model_in_closed_form():

@@ -12,12 +12,13 @@ import torch
 from conftest import ROOT, start, until
 from PIL import Image
 
+import defenses
 import detect
 import main
 import train_badnet
 import visualize
 from config import DetectConfig, EraseConfig, TrainConfig
-from utils.run import run_script
+from utils.run import Journal, run_script
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
          "cpu", "--threads", "1"]
@@ -109,6 +110,35 @@ def test_main_takes_a_teacher_and_other_defenses(copied, capsys):
     assert not Path("results/main.jsonl").exists()
     assert erase("--defense", "finetune") == 0
     assert list(lines("results/main.jsonl")[0]["metrics"]) == ["backdoored", "fine-tuning"]
+
+
+SHORT = ["--nc_steps", "20", "--nc_batch_size", "2", "--anp_steps", "12", "--anp_batch_size", "40", "--ibau_rounds",
+         "2", "--ibau_batch_size", "40", "--ibau_iterations", "2", "--mcr_epochs", "2"]
+
+
+@pytest.mark.parametrize("name", defenses.NAMES)
+def test_each_defense_goes_on_after_an_interruption(copied, monkeypatch, capsys, name):
+    args = ["--defense", name, "--beside", "0", "--eval_every", "1", *SHORT]
+    assert erase(*args, "--checkpoint_root", "whole", "--teacher_root", "whole") == 0
+    assert defenses.title(name) in capsys.readouterr().out
+    save, count = Journal.save, []
+
+    def save_once(self, *state):
+        save(self, *state)
+        count.append(state[0])
+        if len(count) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "save", save_once)
+    assert erase(*args) == (130 if name not in ("clp", "pruning", "linf_pruning", "neural_cleanse") else 0)
+    if count:
+        assert erase(*args, "--resume") == 0
+        assert f"{count[0]}: going on after epoch 1" in capsys.readouterr().out
+    whole, resumed = lines("results/main.jsonl")
+    assert list(whole["metrics"])[-1] == defenses.title(name)
+    assert resumed["metrics"] == whole["metrics"]
+    assert [(h["stage"], h["epoch"], h["loss"]) for h in resumed["history"]] == \
+        [(h["stage"], h["epoch"], h["loss"]) for h in whole["history"]]
 
 
 def test_without_a_trigger_there_is_accuracy_only(copied, capsys):

@@ -3,6 +3,8 @@
 A channel is pruned by setting its weights (and bias) to zero, so that a pruned network is an ordinary checkpoint of its
 architecture. The layer is by default the last convolution or BatchNorm that runs: in a network with BatchNorm behind
 its convolutions, the last convolution's BatchNorm; in a pre-activation network (WRN) the BatchNorm before the pooling.
+Where something is added to that (ResNet) or done with it before the head takes it, it is the last block as a whole,
+and its channels are switched off where they are read: in the columns of the linear layer behind it.
 """
 
 import torch
@@ -15,22 +17,32 @@ from utils.engine import clone, percent, predict
 from utils.seeds import generator
 
 PRUNABLE = (nn.Conv2d, nn.BatchNorm2d)
+POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d, nn.Dropout)
 
 
 def last_layer(model, images, name=""):
-    """The name of the layer to prune: ``name``, or the last convolution or BatchNorm that ``images`` run through.
+    """The name of the layer to prune: ``name``, or the last that uint8 ``images`` (N, C, H, W) run through, see above.
 
-    Raises ``UserError`` if there is none, or ``name`` is no such layer.
+    Raises ``UserError`` if there is none, or ``name`` is no convolution or BatchNorm.
     """
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    prunable = {n: m for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
     if name:
-        if name not in modules:
+        if name not in prunable:
             raise UserError(f"--prune_layer {name}: no convolution or BatchNorm of {type(model).__name__}; it has "
-                            f"{', '.join(modules)}")
+                            f"{', '.join(prunable)}")
         return name
-    order, handles = [], []
-    for n, module in modules.items():
-        handles.append(module.register_forward_hook(lambda _m, _i, _o, n=n: order.append(n)))
+    last, end, handles = [], [], []
+
+    def hook(n):
+        def note(_module, _inputs, output):
+            if torch.is_tensor(output) and output.ndim == 4:
+                end[:] = n, output.clone()
+                last[:] = end if n in prunable else last
+        return note
+
+    for n, module in model.named_modules():
+        if n and not isinstance(module, POOLS):
+            handles.append(module.register_forward_hook(hook(n)))
     was_training = model.training
     try:
         with torch.no_grad():
@@ -39,9 +51,26 @@ def last_layer(model, images, name=""):
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    if not order:
+    if not last:
         raise UserError(f"{type(model).__name__} has no convolution or BatchNorm, whose channels could be pruned")
-    return order[-1]
+    direct = any(torch.equal(end[1], f) for f in (last[1], last[1].relu()))
+    return last[0] if direct or head(model, end[0], end[1].shape[1]) is None else end[0]
+
+
+def head(model, layer, channels=None):
+    """The linear layer that takes the pooled ``channels`` of the block ``layer``, or None."""
+    names = [n for n, _ in model.named_modules()]
+    after = max(i for i, n in enumerate(names) if n == layer or n.startswith(f"{layer}."))
+    linear = next((m for m in map(model.get_submodule, names[after + 1:]) if isinstance(m, nn.Linear)), None)
+    return linear if linear is None or channels in (None, linear.in_features) else None
+
+
+def of_channels(model, layer):
+    """[(parameter, dimension)] that hold the channels of ``layer``: its own, or the columns of the head behind it."""
+    module = model.get_submodule(layer)
+    if isinstance(module, PRUNABLE):
+        return [(p, 0) for p in (module.weight, module.bias) if p is not None]
+    return [(head(model, layer).weight, 1)]
 
 
 @torch.no_grad()
@@ -70,11 +99,9 @@ def channel_norms(model, layer, images, batch_size=250):
 
 @torch.no_grad()
 def zero_channels(model, layer, channels):
-    """Set the weights of ``channels``, int64 ``(k,)``, of ``layer`` to zero, in place: its output there is zero."""
-    module = model.get_submodule(layer)
-    for p in (module.weight, module.bias):
-        if p is not None:
-            p[channels.to(p.device)] = 0
+    """Switch off ``channels``, int64 ``(k,)``, of ``layer`` in place: its output there is zero, or no longer read."""
+    for p, dim in of_channels(model, layer):
+        p.index_fill_(dim, channels.to(p.device), 0)
 
 
 def pruned_gradually(model, layer, order):
@@ -92,13 +119,12 @@ class KeptAtZero:
     """Context manager: while it is open, training leaves the ``channels`` of ``layer`` that are zero at zero."""
 
     def __init__(self, model, layer, channels):
-        module = model.get_submodule(layer)
-        self.params, self.channels = [p for p in (module.weight, module.bias) if p is not None], channels
+        self.params, self.channels = of_channels(model, layer), channels
 
     def __enter__(self):
-        def without(grad):
-            return grad.index_fill(0, self.channels.to(grad.device), 0)
-        self.handles = [p.register_hook(without) for p in self.params]
+        def without(dim):
+            return lambda grad: grad.index_fill(dim, self.channels.to(grad.device), 0)
+        self.handles = [p.register_hook(without(dim)) for p, dim in self.params]
 
     def __exit__(self, *_):
         for handle in self.handles:
