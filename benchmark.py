@@ -8,16 +8,17 @@
 An attack is a name of attacks.PRESETS, a defense the name of its file; either may be followed by a colon and options
 of its script. Results go to <out>/benchmark.jsonl, one line a cell. Cells that are there with the same configuration
 and the same network are not run again; a killed one goes on where it was. A cell that fails is recorded in
-<out>/errors.jsonl, and the others go on.
+<out>/errors.jsonl, and the others go on. Several of these processes may work on the same grid in the same folder.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import subprocess
+import shutil
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,21 +31,27 @@ import defenses
 import leaderboard
 import main as erasing
 import train_badnet as training
-from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, file_name, student_file
-from utils.checkpoint import file_hash
+from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, student_file
+from leaderboard import SIX
+from subject import stored_options
+from utils.checkpoint import load_checkpoint
 from utils.files import append_line, read_lines, write_atomically
-from utils.run import check_writable, run_script, say
+from utils.processes import locked, run_script_apart
+from utils.run import check_writable, run_script, say, start_of
 
 ROOT = Path(__file__).resolve().parent
-SIX = ["BadNets", "Trojan", "Blend", "CL", "SIG", "Refool"]
+PUBLISHED = ROOT / "results" / "published" / "benchmark.jsonl"
+VERSION = 1  # of the defenses' algorithms: results of another one do not count as finished
 SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in [*SIX[1:], "WaNet", "Input-aware"]}}
+MACHINE = ("device", "threads", "amp")  # options that do not make another network
+FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
 PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
     "smoke": [{"attacks": ["BadNets", "Blend"], "defenses": ["finetune", "nad", "pruning"], "seeds": ["1"],
                "options": ["dataset=shapes10", "train_size=15000", "test_size=2000", "s_name=WRN-10-1"],
                "train_options": ["epochs=5"]}],
-    "six": [{"attacks": SIX, "defenses": ["finetune", "nad"], "seeds": SEEDS}],
-    "nad-table1": [{"attacks": SIX, "defenses": ["finetune", "fine_pruning", "mcr", "nad"], "seeds": SEEDS}],
+    "six": [{"attacks": [*SIX], "defenses": ["finetune", "nad"], "seeds": SEEDS}],
+    "nad-table1": [{"attacks": [*SIX], "defenses": ["finetune", "fine_pruning", "mcr", "nad"], "seeds": SEEDS}],
     "defenses": [{"attacks": [*SHIPPED], "defenses": [*defenses.NAMES], "seeds": SEEDS}],
     "sage": [{"attacks": ["BadNets", "Trojan", "WaNet"], "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS},
              {"attacks": [name for name in attacks.PRESETS
@@ -52,47 +59,54 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
               "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS, "train_options": ["epochs=10"]}],
     "linf": [{"attacks": attack, "defenses": ["linf_pruning", "linf_pruning:linf_norm=l1", "linf_pruning:linf_norm=l2"],
               "seeds": SEEDS, **more}
-             for attack, more in (([*SHIPPED], {}), (["BadNets"], {"options": ["s_name=AlexNet"]}))],
+             for attack, more in (([*SHIPPED], {}), (["BadNets"], {"models": ["AlexNet"]}))],
     "ablations": [{"attacks": ["BadNets", "Blend", "SIG"], "seeds": SEEDS, "defenses": [
-        "nad", *(f"{d}:ratio={r}" for d in ("finetune", "nad") for r in (0.01, 0.1, 0.2)),
+        "finetune", "nad", *(f"{d}:ratio={r}" for d in ("finetune", "nad") for r in (0.01, 0.1, 0.2)),
         *(f"nad:beta1={500 * s:g},beta2={1000 * s:g},beta3={1000 * s:g}" for s in (0.03, 0.1, 1.0, 3.0)),
         "nad:beta1=0,beta2=0", "nad:beta1=0,beta3=0", "nad:beta2=0,beta3=0",
         "nad:p=1", "nad:p=4", "nad:attention=mean", "nad:attention=max",
-        "nad:teacher_epochs=1", "nad:teacher_epochs=5", "nad:teacher_epochs=20", "nad:at_loss=paper"]}],
+        "nad:teacher_epochs=1", "nad:teacher_epochs=5", "nad:teacher_epochs=20",
+        "nad:at_loss=paper,beta1=0.15,beta2=1.2,beta3=4.7"]}],  # the same weight as the default, see at.py
 }
 
 
 @dataclass
 class Cell:
-    """One run: ``config`` (a ``TrainConfig`` or an ``EraseConfig``), and the cell that trains its network, if any."""
+    """One run: ``config`` is a ``TrainConfig`` or an ``EraseConfig``."""
 
     attack: str
     defense: str  # '' for one that trains a network
     config: object
 
-    def source(self):
-        """The hash of the network that is erased; the file's name if it is not there yet; '' if one is trained."""
-        path = Path(self.config.s_model) if self.defense else None
-        return "" if path is None else file_hash(path) if path.exists() else str(path)
+    def files(self):
+        """The hashes of the files that the run starts from, by option; a network that is not there yet by its name."""
+        found = start_of(self.config)
+        if self.defense and not found["s_model"]:
+            found["s_model"] = self.config.s_model
+        return found
 
     def key(self):
         """What decides the result of the cell, as text."""
-        return what_counts(as_dict(self.config), self.source())
+        return what_counts(as_dict(self.config), self.files())
+
+    def folder(self):
+        """Where the cell's log, its state and its result are until that is in the results."""
+        return Path(self.config.log_root)
 
     def settle(self, out):
-        """Give the cell its folder, for its log, its state and its result until that is in the results."""
-        folder = out / "cells" / hashlib.sha256(self.key().encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.log_root, self.config.resume = str(folder), True
+        """Give the cell its folder. It goes on where an unfinished run of it was."""
+        self.config.log_root = str(out / "cells" / hashlib.sha256(self.key().encode()).hexdigest()[:12])
         if self.defense:
-            self.config.checkpoint_root = self.config.teacher_root = str(folder)
+            self.config.checkpoint_root = self.config.teacher_root = self.config.log_root
+        self.config.resume = any(Path(self.config.checkpoint_root).glob("*-resume-*"))
+        self.folder().mkdir(parents=True, exist_ok=True)
 
     def __str__(self):
         return f"{self.attack} / {self.defense or 'training'} / seed {self.config.seed}"
 
 
-def what_counts(stored, source):
-    """The options of a run's configuration ``stored``, a dict, that decide its result, and its network, as text.
+def what_counts(stored, files):
+    """The options of a run's configuration ``stored``, a dict, that decide its result, and its files, as text.
 
     Options that are newer than ``stored`` have their default there.
     """
@@ -100,17 +114,27 @@ def what_counts(stored, source):
     options = {**as_dict(cls()), **stored}
     options = {**options, **attacks.without_unused(options)} if cls is TrainConfig else defenses.without_unused(options)
     counted = {k: v for k, v in options.items() if k not in (*leaderboard.NOT_IN_KEY, "s_model", "resume")}
-    return json.dumps([counted, options["seed"], source], sort_keys=True)
+    return json.dumps([VERSION, counted, options["seed"], {k: v for k, v in files.items() if v}], sort_keys=True)
+
+
+def key_of(record):
+    """The key of the cell that left the result line ``record``."""
+    return what_counts(record["config"], record["inputs"])
+
+
+def results(path):
+    """The lines of the results file ``path`` that are cells of today's version."""
+    return [r for r in read_lines(path) if r.get("version") == VERSION and {"cell", "config", "inputs"} <= set(r)]
 
 
 def settings(cls, items, flag):
     """{option: value} of ``cls`` from texts such as "lr=0.02"; a list's members are joined by +. ``UserError``."""
-    known, values = {f.name: f for f in fields(cls)}, {}
+    known, values = {f.name: f for f in fields(cls) if f.name not in FIXED}, {}
     for item in items:
         name, equals, value = item.partition("=")
         if name not in known or not equals:
             raise UserError(f"--{flag} {item}: an option of {cls.__name__} and its value are needed, such as "
-                            f"{'epochs=10' if 'epochs' in known else 'seed=1'}")
+                            f"batch_size=32; the benchmark itself sets {', '.join(FIXED)}")
         values[name] = convert(known[name], value.split("+") if known[name].type is list else value, f"--{flag} ")
     return values
 
@@ -123,86 +147,130 @@ def spec(text, names, cls, flag):
     return name, settings(cls, [item for item in rest.split(",") if item], flag)
 
 
-def cells_of(grid):
+def cells_of(grid, out):
     """The cells of one grid, a dict of fields of ``BenchmarkConfig``: those that train, then those that erase."""
     for name in ("attacks", "defenses", "seeds"):
         if not grid.get(name):
             raise UserError(f"--{name}: at least one is needed (or a --preset)")
-    shared_train = settings(TrainConfig, grid.get("options", []), "options")
-    shared_erase = settings(EraseConfig, grid.get("options", []), "options")
-    own_train = settings(TrainConfig, grid.get("train_options", []), "train_options")
-    own_erase = settings(EraseConfig, grid.get("erase_options", []), "erase_options")
-    seeds = [settings(EraseConfig, [f"seed={s}"], "seeds")["seed"] for s in grid["seeds"]]
     trained, erased = [], []
-    for attack in grid["attacks"]:
-        name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
-        config = TrainConfig(**{**attacks.PRESETS[name], **shared_train, **own_train, **changes})
-        path = student_file(config, f"weight/s_net/{SHIPPED.get(name, '')}".rstrip("/"))
-        if own_train or changes or shared_train or name not in SHIPPED:
-            changed = sorted((k, v) for k, v in as_dict(config).items() if v != as_dict(TrainConfig())[k])
-            slug = "".join(c if c.isalnum() else "_" for c in attack.lower())
-            digest = hashlib.sha256(repr(changed).encode()).hexdigest()[:8]
-            config.checkpoint_root = str(Path("weight") / "benchmark" / f"{file_name(config.dataset)}-{slug}-{digest}")
-            path = student_file(config, config.checkpoint_root)
-            trained.append(Cell(attack, "", config))
-        elif not path.exists():
-            raise UserError(f"--attacks {attack}: {path} is missing; --train_options epochs=30 trains a network of "
-                            f"its own")
-        for defense, seed in itertools.product(grid["defenses"], seeds):
-            chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
-            erased.append(Cell(attack, defense, EraseConfig(**{
-                **shared_erase, **own_erase, **options, "defense": chosen, "seed": seed, "s_model": str(path),
-                "beside": False})))
+    axes = [[(name, value) for value in grid.get(flag) or [None]] for name, flag in
+            (("s_name", "models"), ("dataset", "datasets"), ("ratio", "ratios"))]
+    for place in itertools.product(*axes):
+        model, data, ratio = ([f"{name}={value}"] if value else [] for name, value in place)
+        shared = [*grid.get("options", []), *model, *data]
+        own_train = {**settings(TrainConfig, shared, "options"),
+                     **settings(TrainConfig, grid.get("train_options", []), "train_options")}
+        own_erase = {**settings(EraseConfig, [*shared, *ratio], "options"),
+                     **settings(EraseConfig, grid.get("erase_options", []), "erase_options")}
+        for attack in grid["attacks"]:
+            network = network_of(attack, own_train, out)
+            path = student_file(network.config, network.config.checkpoint_root)
+            if network.config.checkpoint_root.startswith(str(out)):
+                trained.append(network)
+            for defense, seed in itertools.product(grid["defenses"], grid["seeds"]):
+                chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
+                number = convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ")
+                erased.append(Cell(attack, defense, EraseConfig(**{
+                    **own_erase, **options, "defense": chosen, "seed": number, "s_model": str(path),
+                    "reflection_root": network.config.reflection_root, "blend_image": network.config.blend_image,
+                    "beside": False})))
     return trained + erased
 
 
-def run_here(cell, _opt):
-    """Run the cell in this process, its output to log.txt in its folder."""
-    folder = Path(cell.config.log_root)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        (erasing if cell.defense else training).main(cell.config)
+def network_of(attack, options, out):
+    """The cell that trains a network for ``attack`` with ``options``, in a folder of ``out``; or that of the shipped
+    network, if the options leave everything as it is. Raises ``UserError``."""
+    name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
+    config = TrainConfig(**{**attacks.PRESETS[name], **options, **changes})
+    if name in SHIPPED and not changes and not set(options) - set(MACHINE):
+        config.checkpoint_root = f"weight/s_net/{SHIPPED[name]}".rstrip("/")
+        path = student_file(config, config.checkpoint_root)
+        if not path.exists():
+            raise UserError(f"--attacks {attack}: {path} is missing; --train_options epochs=30 trains another")
+        found = attacks.preset_name(stored_options(load_checkpoint(path)))
+        if found != name:
+            raise UserError(f"--attacks {attack}: {path} was trained with another attack ({found or 'a variant'}); "
+                            f"--train_options epochs=30 trains another")
+        return Cell(attack, "", config)
+    digest = hashlib.sha256(what_counts(as_dict(config), {}).encode()).hexdigest()[:8]
+    slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
+    config.checkpoint_root = str(out / "networks" / f"{slug}-{digest}")
+    return Cell(attack, "", config)
 
 
-def run_apart(cell, opt):
-    """Run the cell in a process of its own; one that is killed is started again, and goes on. Raises ``UserError``."""
-    folder = Path(cell.config.log_root)
-    threads = cell.config.threads or max(1, torch.get_num_threads() // opt.jobs)
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(as_dict(cell.config)).encode()))
-    command = [sys.executable, str(ROOT / ("main.py" if cell.defense else "train_badnet.py")), "--config",
-               str(folder / "config.json"), "--threads", str(threads)]
-    for _ in range(opt.retries + 1):
-        with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        if code >= 0:
-            break
-    if code:
-        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError(lines[-1] if lines and code > 0 else f"its process was killed by signal {-code}")
+def run_here(cell, _out, _opt):
+    """Run the cell in this process, its output to log.txt in its folder. Returns its error or None."""
+    threads = torch.get_num_threads()
+    with open(cell.folder() / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        try:
+            torch.set_num_threads(cell.config.threads or threads)
+            (erasing if cell.defense else training).main(cell.config)
+        except UserError as e:
+            return e
+        except Exception as e:  # whatever it is, the other cells go on
+            traceback.print_exc(file=log)
+            return e
+        finally:
+            torch.set_num_threads(threads)
+    return None
+
+
+def run_apart(cell, threads, retries, run=run_script_apart):
+    """Run the cell in a process of its own; one that is killed is started again, and goes on. Its error or None."""
+    path = cell.folder().resolve() / "config.json"
+    write_atomically(path, lambda f: f.write(json.dumps(as_dict(cell.config)).encode()))
+    command = [sys.executable, str(ROOT / ("main.py" if cell.defense else "train_badnet.py")), "--config", str(path),
+               "--threads", str(cell.config.threads or max(1, int(threads)))]
+    code, last = run(command, path.parent, Path.cwd(), retries)
+    if code == 130:
+        raise KeyboardInterrupt
+    return UserError(last if code > 0 and last else f"its process was killed by signal {-code}") if code else None
+
+
+def ray_runner(opt):
+    """What ``run_apart`` needs to run a process as a task of a Ray cluster whose machines share this folder."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray: Ray is not installed: pip install ray") from None
+    if not ray.is_initialized():
+        ray.init(address=opt.ray_address or None, log_to_driver=False, logging_level="error",
+                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    task = ray.remote(run_script_apart).options(num_cpus=opt.cpus_per_cell, num_gpus=opt.gpus_per_cell,
+                                                max_retries=opt.retries)
+
+    def run(*args):
+        try:
+            return ray.get(task.remote(*args))
+        except ray.exceptions.RayError as e:
+            return 1, f"Ray: {str(e).splitlines()[0]}"
+    return run
 
 
 def collect(cell):
     """The result line of the cell, from what its script left in the cell's folder; None if it is not finished."""
-    key, source = cell.key(), cell.source()
-    for r in read_lines(Path(cell.config.log_root) / ("main.jsonl" if cell.defense else "train_badnet.jsonl")):
-        if what_counts(r["config"], source) == key:
-            kept = {k: v for k, v in r.items() if k not in ("history", "inputs")}
-            return {**kept, "cell": {"attack": cell.attack, "defense": cell.defense, "network": source}}
+    if not cell.defense and not student_file(cell.config, cell.config.checkpoint_root).exists():
+        return None
+    for r in read_lines(cell.folder() / ("main.jsonl" if cell.defense else "train_badnet.jsonl")):
+        if key_of(r) == cell.key():
+            kept = {k: v for k, v in r.items() if k != "history"}
+            return {**kept, "version": VERSION, "cell": {"attack": cell.attack, "defense": cell.defense}}
     return None
 
 
 def finish(cell, opt, out):
-    """Write the cell's result line and clean up its folder."""
+    """Write the cell's result line, unless another process did, and clean up its folder. Returns its error or None."""
     record = collect(cell)
-    assert record, f"{cell} left no result in {cell.config.log_root}"
-    append_line(out / "benchmark.jsonl", record)
-    folder = Path(cell.config.log_root)
-    for path in folder.glob("*"):
-        if path.is_file() and not (opt.keep and path.suffix == ".tar"):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    if record is None:
+        return RuntimeError(f"left no result in {cell.folder()}")
+    if cell.key() not in map(key_of, results(out / "benchmark.jsonl")):
+        append_line(out / "benchmark.jsonl", record)
+    for path in cell.folder().glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock" and not (opt.keep and path.suffix in (".tar", ".txt")):
+            path.unlink(missing_ok=True)
+    return None
 
 
 def failed(cell, error, out):
@@ -215,63 +283,70 @@ def failed(cell, error, out):
     say(f"failed: {cell}: {text}")
 
 
+def attempt(cell, run, opt, out):
+    """Run the cell unless it is finished, in whatever process. Returns its error or None."""
+    try:
+        cell.settle(out)
+        if cell.defense and not Path(cell.config.s_model).exists():
+            return UserError(f"{cell.config.s_model}: its network could not be trained")
+        if not unfinished([cell], out):
+            return None  # by another process, meanwhile
+        error = run(cell, out, opt) if collect(cell) is None else None
+        with locked(cell.folder() / "finish"):
+            return error or (finish(cell, opt, out) if unfinished([cell], out) else None)
+    except Exception as e:
+        return e
+
+
 def run_all(cells, opt, out, bar):
-    """Run ``cells``, in ``opt.jobs`` processes. Returns those that failed."""
+    """Run ``cells``; writes a line for each. Returns those that failed."""
+    def here(cell, out, opt):
+        with locked(cell.folder() / "lock"):
+            return run_here(cell, out, opt) if collect(cell) is None else None
+
+    workers, run = opt.jobs, here
+    if opt.engine == "ray":
+        on_ray, workers = ray_runner(opt), 1000
+        run = lambda cell, *_: run_apart(cell, opt.cpus_per_cell, opt.retries, on_ray)  # noqa: E731
+    elif opt.jobs > 1:
+        threads = torch.get_num_threads() // opt.jobs
+        run = lambda cell, *_: run_apart(cell, threads, opt.retries)  # noqa: E731
     wrong = []
 
     def done(cell, error):
-        if error is None:
-            finish(cell, opt, out)
-        else:
+        if error is not None:
             failed(cell, error, out)
             wrong.append(cell)
+        bar.set_postfix_str(str(cell))
         bar.update()
 
-    def attempt(run, cell):
-        try:
-            cell.settle(out)
-            if collect(cell) is None:
-                run(cell, opt)
-        except Exception as e:  # whatever it is, the other cells go on
-            return e
-        return None
-
-    if opt.jobs == 1:
+    if workers == 1:
         for cell in cells:
-            bar.set_postfix_str(str(cell))
-            done(cell, attempt(run_here, cell))
+            done(cell, attempt(cell, run, opt, out))
         return wrong
-    with ThreadPoolExecutor(opt.jobs) as pool:
-        waiting = {pool.submit(attempt, run_apart, cell): cell for cell in cells}
-        try:
-            for future in as_completed(waiting):
-                done(waiting[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(min(workers, max(1, len(cells))))
+    try:
+        waiting = {pool.submit(attempt, cell, run, opt, out): cell for cell in cells}
+        for future in as_completed(waiting):
+            done(waiting[future], future.result())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return wrong
-
-
-def finished_keys(out):
-    """The keys of the cells that are in the results."""
-    return {what_counts(r["config"], r["cell"]["network"]) for r in read_lines(out / "benchmark.jsonl") if "cell" in r}
 
 
 def main(opt):
     """Run the grid that ``opt`` (``BenchmarkConfig``) names, or print its table."""
     out = Path(opt.out)
     if opt.table:
-        text = leaderboard.render(read_lines(out / "benchmark.jsonl"))
-        say(text)
-        if Path("README.md").exists():
-            leaderboard.write_into(Path("README.md"), {"benchmark": text})
-        return
-    given = {"attacks": opt.attacks, "defenses": opt.defenses, "seeds": opt.seeds, "options": opt.options,
-             "train_options": opt.train_options, "erase_options": opt.erase_options}
+        return publish(out)
+    given = {"attacks": opt.attacks, "defenses": opt.defenses, "seeds": opt.seeds, "models": opt.models,
+             "datasets": opt.datasets, "ratios": opt.ratios}
     given = {name: value for name, value in given.items() if value}
     cells = {False: [], True: []}  # those that train, and those that erase
     for grid in PRESETS.get(opt.preset, [{}]):
-        for cell in cells_of({**grid, **given}):
+        more = {name: [*grid.get(name, []), *own] for name, own in
+                (("options", opt.options), ("train_options", opt.train_options), ("erase_options", opt.erase_options))}
+        for cell in cells_of({**grid, **given, **more}, out):
             cells[bool(cell.defense)].append(cell)
     check_writable(out, "out")
     wrong, total = [], 0
@@ -287,21 +362,27 @@ def main(opt):
                 say("finished cells are kept; the same command goes on")
                 raise
     wanted = {cell.key() for cell in cells[True]}
-    say("\n" + leaderboard.render([r for r in read_lines(out / "benchmark.jsonl") if key_of(r) in wanted]))
+    say("\n" + leaderboard.render([r for r in results(out / "benchmark.jsonl") if key_of(r) in wanted]))
     say(f"\n{total - len(wrong)} of {total} cells are in {out / 'benchmark.jsonl'}")
     if wrong:
         raise UserError(f"{len(wrong)} cells failed, see {out / 'errors.jsonl'}; the same command tries them again")
+    return None
 
 
-def key_of(record):
-    """The key of the cell that left the result line ``record``."""
-    return what_counts(record["config"], record["cell"]["network"])
+def publish(out):
+    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into README.md."""
+    records = {key_of(r): r for r in [*results(PUBLISHED), *results(out / "benchmark.jsonl")]}
+    text = leaderboard.render(records.values())
+    say(text)
+    PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(r) + "\n" for r in records.values())
+    write_atomically(PUBLISHED, lambda f: f.write(lines.encode()))
+    leaderboard.write_into(ROOT / "README.md", {"benchmark": text})
 
 
 def unfinished(cells, out):
     """Those of ``cells`` that are not in the results, equal ones once; a network that was deleted is made again."""
-    done = {key_of(r) for r in read_lines(out / "benchmark.jsonl")}
-    missing = {}
+    done, missing = set(map(key_of, results(out / "benchmark.jsonl"))), {}
     for cell in cells:
         gone = not cell.defense and not student_file(cell.config, cell.config.checkpoint_root).exists()
         if gone or cell.key() not in done:

@@ -217,7 +217,8 @@ class EraseConfig(SubjectConfig):
                           choices=("demo", "paper"))
     held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on", low=0.0,
                              high=1.0)
-    prune_layer: str = option("", "pruning", "convolution or BatchNorm whose channels are pruned (default: the last)")
+    prune_layer: str = option("", "pruning", "convolution or BatchNorm whose channels are pruned (default: the "
+                                             "last, or the columns of the classifier that read the last block)")
     prune_drop: float = option(5.0, "pruning", "pruning goes on while held-out accuracy falls by no more [SAGE's "
                                                "comparison]", low=0.0, high=100.0, unit="points")
     linf_norm: str = option("linf", "pruning", "norm by which linf_pruning compares channels [paper: linf]",
@@ -288,15 +289,24 @@ class BenchmarkConfig:
                          choices=("", "smoke", "six", "defenses", "nad-table1", "sage", "linf", "ablations"))
     attacks: list = option([], "grid", "attacks by name, such as BadNets SIG 'Blend:blend_alpha=0.1'")
     defenses: list = option([], "grid", "defenses, such as finetune 'nad:beta1=0,beta2=0'")
-    seeds: list = option([], "grid", "seeds of the clean subset and of erasing")
-    options: list = option([], "grid", "options of both scripts, such as dataset=shapes10 s_name=WRN-10-1")
+    seeds: list = option([], "grid", "seeds of the clean subset and of erasing; the network is the same for all")
+    models: list = option([], "grid", "architectures (default: WRN-16-1)")
+    datasets: list = option([], "grid", "data sets (default: CIFAR10)")
+    ratios: list = option([], "grid", "shares of clean images (default: 0.05)")
+    options: list = option([], "grid", "further options of both scripts, such as train_size=10000")
     erase_options: list = option([], "grid", "options of main.py for every defense, such as ratio=0.01")
     train_options: list = option([], "grid", "options of train_badnet.py, such as epochs=10; with none, CIFAR10 and "
                                              "WRN-16-1 take the shipped networks")
     jobs: int = option(1, "run", "processes that run cells beside each other; 1: this one, one after another", low=1,
                        high=256)
-    retries: int = option(2, "run", "how often a cell whose process was killed is started again, with --jobs", low=0)
-    keep: bool = option(False, "run", "keep the erased networks")
+    retries: int = option(2, "run", "how often a cell whose process was killed is started again, with --jobs or Ray",
+                          low=0)
+    engine: str = option("local", "run", "local = this machine; ray = tasks of a Ray cluster whose machines share this "
+                                         "folder", choices=("local", "ray"))
+    ray_address: str = option("", "run", "address of the cluster, such as auto (default: one is started here)")
+    cpus_per_cell: float = option(1.0, "run", "CPUs that a cell takes on Ray, and its threads", low=0.0)
+    gpus_per_cell: float = option(0.0, "run", "GPUs that a cell takes on Ray; 0.25: four cells share one", low=0.0)
+    keep: bool = option(False, "run", "keep the erased networks and the logs, in <out>/cells")
     table: bool = option(False, "run", "run nothing: print the leaderboard and put it into README.md")
     out: str = option("results", "run", "folder of the result lines and of unfinished cells")
 

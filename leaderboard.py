@@ -50,61 +50,80 @@ def changes(config):
     return words
 
 
+def data_name(config):
+    """The data set of a run with ``config``, as tables call it."""
+    return {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
+
+
 def setting(record):
     """What the table that ``record`` belongs to is about: architecture and data."""
     c = record["config"]
-    data = {"CIFAR10": "CIFAR-10", "folder": c["data_root"]}.get(c["dataset"], c["dataset"])
-    size = f", {c['train_size']} training images" if c["train_size"] else ""
-    return f"{c['s_name']}, {data} ({record['data']}{size})"
+    others = "".join(f", {name} {c[name]}" for name, f in DataConfig.__dataclass_fields__.items()
+                     if name not in ("dataset", "data_root") and c.get(name, f.default) != f.default)
+    return f"{c['s_name']}, {data_name(c)} ({record['data']}{others})"
 
 
 def render(records):
     """Everything that ``benchmark.py`` measured, one block for each architecture and data set."""
-    runs = [r for r in records if r["config"]["script"] == "EraseConfig"]
     blocks = {}
-    for r in runs:
-        blocks.setdefault(setting(r), []).append(r)
+    for r in records:
+        if r["config"]["script"] == "EraseConfig" and r["config"]["defense"] in defenses.NAMES:
+            blocks.setdefault(setting(r), []).append(r)
     return "\n\n".join(block(name, found) for name, found in blocks.items()) or "nothing was measured yet"
+
+
+def columns_of(records):
+    """{hash of a network: the name of its column}: its attack, numbered if there are several networks of one."""
+    names, found = {}, {}
+    for r in records:
+        names.setdefault(r["cell"]["attack"], {})[r["inputs"]["s_model"]] = None
+    for attack, networks in names.items():
+        for k, network in enumerate(networks):
+            found[network] = f"{attack} ({k + 1})" if len(networks) > 1 else attack
+    order = [*SIX, "WaNet", "Input-aware"]
+    return dict(sorted(found.items(), key=lambda pair: order.index(pair[1]) if pair[1] in order else len(order)))
 
 
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
-    rows, columns, before = {}, [], {}  # {row: {attack: {seed: record}}}
+    rows, columns, before = {}, columns_of(records), {}  # rows: {row: {column: {seed: record}}}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
-    for r in records:
-        attack = r["cell"]["attack"]
+    for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
+        column = columns[r["inputs"]["s_model"]]
         row = ", ".join([defenses.title(r["config"]["defense"]), *(c for c in changes(r["config"]) if c not in shared)])
-        rows.setdefault(row, {}).setdefault(attack, {})[r["config"]["seed"]] = r
-        before[attack] = r["metrics"].get("backdoored") or r["metrics"]["before"]
-        if attack not in columns:
-            columns.append(attack)
+        rows.setdefault(row, {}).setdefault(column, {})[r["config"]["seed"]] = r
+        before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
+    columns = list(columns.values())
     seeds = [len(found) for row in rows.values() for found in row.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
+    reported = REPORTED if records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
     out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
     for k, title in (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+        def beside(defense, column, k=k):
+            value = reported.get(defense, {}).get(column)
+            return "" if value is None or k == "ra" else f" ({value[k == 'asr']:g})"
+
         out += [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|",
-                f"| backdoored | {' | '.join(spread([before[a][k]], 1) for a in columns)} |"]
+                f"| backdoored | {' | '.join(spread([before[a][k]], 1) + beside('', a) for a in columns)} |"]
         for row, found in rows.items():
-            out.append(f"| {row} | {' | '.join(cell(found.get(a, {}), k, a) for a in columns)} |")
+            cells = []
+            for a in columns:
+                runs = list(found.get(a, {}).values())
+                plain = runs and set(changes(runs[0]["config"])) <= set(shared)
+                cells.append((spread([outcome(r)[k] for r in runs], 1) if runs else "")
+                             + (beside(runs[0]["config"]["defense"], a) if plain else ""))
+            out.append(f"| {row} | {' | '.join(cells)} |")
         out.append("")
+    if reported:
+        out[-1:] = ["", "In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% "
+                    "clean), another network and other implementations.", ""]
     return "\n".join([*out, f"Measured on: {'; '.join(machines)}."])
 
 
 def outcome(record):
     """The metrics of the defense in ``record``."""
     return record["metrics"][defenses.title(record["config"]["defense"])]
-
-
-def cell(found, k, attack):
-    """A cell of metric ``k``: {seed: record}, with what BackdoorBench reports in brackets."""
-    if not found:
-        return ""
-    text, config = spread([outcome(r)[k] for r in found.values()], 1), next(iter(found.values()))["config"]
-    reported = REPORTED.get(config["defense"], {}).get(attack)
-    if reported is None or k == "ra" or config["dataset"] != "CIFAR10" or changes(config):
-        return text
-    return f"{text} ({reported[k == 'asr']:g})"
 
 
 def summary(rows, columns, before):
@@ -124,8 +143,9 @@ def summary(rows, columns, before):
                     for a in chosen]
             asr = [statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in chosen]
             cells += [f"{statistics.mean(lost):.2f}", f"{statistics.mean(asr):.2f}"]
-        seconds = [s for runs in found.values() for r in runs.values() for s in r["defense_seconds"].values()]
-        out.append(f"| {row} | {' | '.join(cells)} | {statistics.median(seconds):.0f} |")
+        seconds = [s for runs in found.values() for r in runs.values() if not r.get("resumed")
+                   for s in r["defense_seconds"].values()]
+        out.append(f"| {row} | {' | '.join(cells)} | {statistics.median(seconds) if seconds else float('nan'):.0f} |")
     return out
 
 

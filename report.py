@@ -71,7 +71,7 @@ def table(runs):
     attack = runs[0]["attack"]
     attack = "no trigger" if attack["trigger_type"] == "none" else f"{attack['trigger_type']}, {attack['target_type']}"
     minutes = statistics.mean(r["train_seconds"] for r in runs) / 60
-    data = {"CIFAR10": "CIFAR-10", "folder": config["data_root"]}.get(config["dataset"], config["dataset"])
+    data = leaderboard.data_name(config)
     out = [f"**{title(config)}{config['s_name']}, {data} ({runs[0]['data']}), {attack}, {100 * config['ratio']:g}% "
            f"clean images; seeds {seeds}.**", "",
            "| | ACC | ACC (non-target) | ASR | RA |", "|---|---|---|---|---|"]

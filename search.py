@@ -208,7 +208,8 @@ def main(argv=None):
         lists.append([float(v) if name == "beta_scale" else convert(by_name[name], v, "") for v in values.split(",")])
     bench = Bench(args.surrogate)
     say(f"surrogate network: {bench.before}; results go to {RESULTS}")
-    done = [(r["config"], r["hash"]) for r in read_lines(RESULTS)]
+    defaults = as_dict(EraseConfig())  # of options that are newer than a line
+    done = [(defenses.without_unused({**defaults, **r["config"]}), r["hash"]) for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
         changes = dict(recipe)
@@ -218,7 +219,7 @@ def main(argv=None):
         config = replace(EraseConfig(seed=SEED, defense=args.defense), **changes)
         if scale is not None:
             config = replace(config, beta1=500 * scale, beta2=1000 * scale, beta3=1000 * scale)
-        if (as_dict(config), bench.hash) in done:
+        if (defenses.without_unused(as_dict(config)), bench.hash) in done:
             continue
         start = time.perf_counter()
         record = {"recipe": recipe, "config": as_dict(config), "surrogate": args.surrogate, "hash": bench.hash,

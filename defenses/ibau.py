@@ -11,6 +11,8 @@ G = -H + ``--ibau_penalty`` ||d||_2^2 is what the inner problem minimises. Ours:
 sum is clipped to [0, 1], and BatchNorm's statistics stay as they are.
 """
 
+import time
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the only kernel that can be differentiated twice
@@ -43,17 +45,18 @@ def find_perturbation(model, data, config, gen):
 
 
 def hypergradient(model, images, labels, d, config):
-    """The gradient of H by each parameter of ``model``, for a batch at the perturbation ``d``: a list of tensors."""
+    """(H, its gradient by each parameter of ``model``, a list of tensors) of a batch at the perturbation ``d``."""
     weights = list(model.parameters())
     d = d.clone().requires_grad_()
-    *direct, v = torch.autograd.grad(F.cross_entropy(model((images + d).clamp(0, 1)), labels), [*weights, d])
+    outer = F.cross_entropy(model((images + d).clamp(0, 1)), labels)
+    *direct, v = torch.autograd.grad(outer, [*weights, d])
     slope, = torch.autograd.grad(inner(model, images, labels, d, config.ibau_penalty), d, create_graph=True)
     phi = d - config.ibau_eta * slope
     total = v
     for _ in range(config.ibau_iterations):  # total = v + v J + v J^2 + ..., J the Jacobian of Phi by d
         total = v + torch.autograd.grad(phi, d, total, retain_graph=True)[0]
     indirect = torch.autograd.grad(phi, weights, total, allow_unused=True)
-    return [a if b is None else a + b for a, b in zip(direct, indirect, strict=True)]
+    return outer.detach(), [a if b is None else a + b for a, b in zip(direct, indirect, strict=True)]
 
 
 def erase(model, clean_data, config, progress=None):
@@ -62,24 +65,31 @@ def erase(model, clean_data, config, progress=None):
     model = clone(model).eval()
     adam = torch.optim.Adam(model.parameters(), lr=config.ibau_lr)
     batches = Batches(clean_data, config.ibau_batch_size, make_augment(config), config.seed, "ibau")
-    progress, first = progress or Progress(), 0
+    progress, first, history = progress or Progress(), 0, []
     state = progress.load("ibau")
     if state:
         model.load_state_dict(state["state_dict"])
         adam.load_state_dict(state["optimizer"])
-        first = state["epoch"]
+        first, history = state["epoch"], state["history"]
     for epoch in range(first, config.ibau_rounds):
+        start, losses = time.perf_counter(), []
         d = find_perturbation(model, clean_data, config, generator(config.seed, "ibau", epoch))
         with progress.bar("ibau", epoch, config.ibau_rounds, len(batches)) as bar, sdpa_kernel(SDPBackend.MATH):
             for images, labels in batches.epoch(epoch):
-                for p, g in zip(model.parameters(), hypergradient(model, images, labels, d, config), strict=True):
+                loss, grads = hypergradient(model, images, labels, d, config)
+                for p, g in zip(model.parameters(), grads, strict=True):
                     p.grad = g
+                losses.append(loss)
                 adam.step()
                 if bar is not None:
                     bar.update()
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"ibau: the weights are not finite in round {epoch + 1}. Try a smaller --ibau_lr than "
                             f"{config.ibau_lr}")
+        history.append({"stage": "ibau", "epoch": epoch + 1, "epochs": config.ibau_rounds,
+                        "loss": round(torch.stack(losses).mean().item(), 4),
+                        "seconds": round(time.perf_counter() - start, 2)})
+        progress.epoch_done("ibau", model, history[-1])
         progress.save("ibau", {"state_dict": model.state_dict(), "optimizer": adam.state_dict(), "epoch": epoch + 1,
-                               "history": []})
+                               "history": history})
     return model

@@ -91,8 +91,9 @@ def reversed_before(model, data, config, progress=None):
     if config.save:
         content = [*model.state_dict().values(), data.images]
         digest = hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in content)).hexdigest()
-        key = (VERSION, digest, config.seed, config.amp, config.nc_steps, config.nc_batch_size, config.nc_lr,
-               config.nc_lambda)
+        device = next(model.parameters()).device
+        key = (VERSION, digest, config.s_name, config.normalize, str(device), use_bf16(config.amp, device), config.seed,
+               config.nc_steps, config.nc_batch_size, config.nc_lr, config.nc_lambda)
         made = cached("reversed", key, search)
     else:
         made = search()

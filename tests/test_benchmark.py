@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
+import re
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +15,14 @@ from conftest import start
 import benchmark
 import leaderboard
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
+from utils import processes
+from utils.checkpoint import save_checkpoint
 from utils.files import append_line, read_lines
 from utils.run import run_script
 
-TINY = ["--attacks", "BadNets", "--options", "dataset=shapes10", "train_size=300", "test_size=100", "s_name=WRN-10-1",
-        "device=cpu", "threads=1", "--train_options", "epochs=1", "batch_size=50", "--erase_options", "ratio=0.3",
-        "epochs=2", "teacher_epochs=1", "batch_size=30"]
+TINY = ["--attacks", "BadNets", "--datasets", "shapes10", "--models", "WRN-10-1", "--options", "train_size=300",
+        "test_size=100", "device=cpu", "threads=1", "--train_options", "epochs=1", "batch_size=50", "--erase_options",
+        "ratio=0.3", "epochs=2", "teacher_epochs=1", "batch_size=30"]
 
 
 def bench(*args):
@@ -46,7 +52,8 @@ def test_every_cell_once_and_the_failed_ones_recorded(done, monkeypatch, capsys)
     by_hand = next(r for r in read_lines("results/benchmark.jsonl") if r["cell"]["defense"] == "clp")
     assert set(by_hand["metrics"]) == {"backdoored", "CLP"}
     assert "history" not in by_hand
-    assert not list(Path("results/cells").glob("*/*.tar")), "erased networks are kept on demand only"
+    left = [p.name for p in Path("results/cells").glob("*/*") if p.name not in ("lock", "finish")]
+    assert sorted(set(left)) == ["log.txt"], "of the failed cells; erased networks are kept on demand only"
     before = Path("results/benchmark.jsonl").read_text()
     assert bench("--defenses", "clp", "finetune", "--seeds", "1", "2") == 0
     out = capsys.readouterr().out
@@ -79,10 +86,12 @@ def test_a_killed_benchmark_goes_on_in_the_middle_of_a_cell(workplace):
 
     while "finetune  epoch  2/15" not in seen():
         assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
     process.kill()
     process.wait()
     assert cells() == [("", 1)]
-    assert bench(*args[len(TINY):]) == 0
+    assert bench(*args[len(TINY):], "--keep") == 0
+    assert "finetune: going on after epoch" in seen()
     assert cells() == [("", 1), ("finetune:epochs=15", 3)]
     (record,) = [r for r in read_lines("results/benchmark.jsonl") if r["cell"]["defense"]]
     with pytest.MonkeyPatch.context() as patch:
@@ -93,12 +102,12 @@ def test_a_killed_benchmark_goes_on_in_the_middle_of_a_cell(workplace):
 
 
 def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypatch):
-    run, killed = benchmark.subprocess.run, []
+    run, killed = processes.subprocess.run, []
 
     def run_or_kill(command, **kwargs):
         if "main.py" in command[1] and not killed:  # the first erasing cell loses its process in the middle
             killed.append(command)
-            process = benchmark.subprocess.Popen(command, **kwargs)
+            process = processes.subprocess.Popen(command, **kwargs)
             folder = Path(command[command.index("--config") + 1]).parent
             while "epoch  1/2" not in (folder / "log.txt").read_text():
                 assert process.poll() is None
@@ -107,15 +116,37 @@ def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypat
             return process
         return run(command, **kwargs)
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run_or_kill)
+    monkeypatch.setattr(processes.subprocess, "run", run_or_kill)
     assert bench("--defenses", "finetune", "clp", "--seeds", "1", "2", "--jobs", "2") == 0
     assert killed
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
     assert not Path("results/errors.jsonl").exists()
 
 
+def test_on_ray_with_a_process_that_is_killed(workplace):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2", "--engine",
+                    "ray", "--cpus_per_cell", "0.5")
+    killed = False
+    while process.poll() is None and not killed:
+        time.sleep(0.05)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_text().split("\0")
+                if str(workplace) in " ".join(words) and any(w.endswith("/main.py") for w in words):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    killed = True
+                    break
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert killed
+    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+
+
 def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
-    key = benchmark.what_counts
+    def key(stored, network):
+        return benchmark.what_counts(stored, {"s_model": network})
+
     own = as_dict(EraseConfig(defense="finetune"))
     assert key({**own, "sage_beta": 1.0, "threads": 7, "s_model": "x"}, "a") == key(own, "a")
     assert key(own, "a") != key(own, "b")
@@ -132,9 +163,10 @@ def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
     (["--defenses", "x", "--seeds", "1"], "--defenses x: one of anp; clp"),
     (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
     (["--defenses", "nad:p=wrong", "--seeds", "1"], "--defenses p: a number is needed"),
-    (["--defenses", "nad", "--seeds", "one"], "--seeds seed: a whole number"),
+    (["--defenses", "nad", "--seeds", "one"], "--seeds: seed: a whole number"),
     (["--defenses", "nad"], "--seeds: at least one is needed"),
     (["--preset", "all"], "--preset: one of "),
+    (["--defenses", "nad:seed=1", "--seeds", "1"], "--defenses seed=1: an option of EraseConfig"),
 ])
 def test_mistakes_get_one_line(workplace, capsys, args, text):
     assert bench(*args) == 2
@@ -143,41 +175,97 @@ def test_mistakes_get_one_line(workplace, capsys, args, text):
     assert err.count("\n") == 1
 
 
-def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, **changes):
+def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **changes):
     config = as_dict(EraseConfig(seed=seed, defense=defense, s_model="m", beside=False, **changes))
+    inputs = {"s_model": network or attack, "t_model": ""}
     metrics = {"clean_acc": acc, "clean_acc_non_target": acc, "asr": asr, "ra": 100 - asr}
     title = {"nad": "NAD", "clp": "CLP"}[defense]
     return {"config": config, "data": "image files (jpg)",
-            "cell": {"attack": attack, "defense": defense, "network": "h"},
+            "cell": {"attack": attack, "defense": defense}, "inputs": inputs, "version": benchmark.VERSION,
             "metrics": {"backdoored": {**metrics, "clean_acc": 82.0, "asr": 99.9, "ra": 0.1}, title: metrics},
             "defense_seconds": {title: 30.4}, "machine": "cpu", "versions": {"torch": "2"}}
 
 
-def test_leaderboard_by_hand(workplace):
+def test_leaderboard_by_hand(workplace, monkeypatch):
     runs = [line(1, 2.0, ratio=0.1), line(2, 3.0, ratio=0.1), line(2, 4.0, ratio=0.1), line(1, 9.0, ratio=0.1, p=4.0),
             line(1, 5.0, "clp", "Blend", 81.0, ratio=0.1), line(1, 6.0, attack="Blend", ratio=0.1)]
     text = leaderboard.render(runs)
     assert text == (
         "**WRN-16-1, CIFAR-10 (image files (jpg)), `ratio 0.1`; seeds in a cell: 1 to 2.**\n\n"
         "| | ACC lost, 2 attacks | ASR, 2 attacks | seconds |\n|---|---|---|---|\n"
-        "| NAD | 2.00 | 4.50 | 30 |\n| NAD, `p 4.0` |  |  | 30 |\n| CLP |  |  | 30 |\n\n"
-        "| ACC | BadNets | Blend |\n|---|---|---|\n| backdoored | 82.0 | 82.0 |\n| NAD | 80.0 | 80.0 |\n"
-        "| NAD, `p 4.0` | 80.0 |  |\n| CLP |  | 81.0 |\n\n"
-        "| ASR | BadNets | Blend |\n|---|---|---|\n| backdoored | 99.9 | 99.9 |\n| NAD | 3.0 ± 1.4 | 6.0 |\n"
-        "| NAD, `p 4.0` | 9.0 |  |\n| CLP |  | 5.0 |\n\n"
-        "| RA | BadNets | Blend |\n|---|---|---|\n| backdoored | 0.1 | 0.1 |\n| NAD | 97.0 ± 1.4 | 94.0 |\n"
-        "| NAD, `p 4.0` | 91.0 |  |\n| CLP |  | 95.0 |\n\nMeasured on: cpu, torch 2.")
-    (workplace / "results").mkdir()
-    for r in runs:
+        "| CLP |  |  | 30 |\n| NAD | 2.00 | 4.50 | 30 |\n| NAD, `p 4.0` |  |  | 30 |\n\n"
+        "| ACC | BadNets | Blend |\n|---|---|---|\n| backdoored | 82.0 | 82.0 |\n| CLP |  | 81.0 |\n"
+        "| NAD | 80.0 | 80.0 |\n| NAD, `p 4.0` | 80.0 |  |\n\n"
+        "| ASR | BadNets | Blend |\n|---|---|---|\n| backdoored | 99.9 | 99.9 |\n| CLP |  | 5.0 |\n"
+        "| NAD | 3.0 ± 1.4 | 6.0 |\n| NAD, `p 4.0` | 9.0 |  |\n\n"
+        "| RA | BadNets | Blend |\n|---|---|---|\n| backdoored | 0.1 | 0.1 |\n| CLP |  | 95.0 |\n"
+        "| NAD | 97.0 ± 1.4 | 94.0 |\n| NAD, `p 4.0` | 91.0 |  |\n\nMeasured on: cpu, torch 2.")
+    monkeypatch.setattr(benchmark, "ROOT", workplace)
+    monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
+    for r in [*runs, {"no": "cell"}, {**line(1, 1.0), "version": 0}]:
         append_line("results/benchmark.jsonl", r)
     Path("README.md").write_text("a\n<!-- benchmark -->\nold\n<!-- end of benchmark -->\nb\n")
-    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
-    assert Path("README.md").read_text() == f"a\n<!-- benchmark -->\n{text}\n<!-- end of benchmark -->\nb\n"
+    for _ in range(2):
+        assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+        assert Path("README.md").read_text() == f"a\n<!-- benchmark -->\n{text}\n<!-- end of benchmark -->\nb\n"
+        assert len(read_lines(benchmark.PUBLISHED)) == len(runs) - 1, "of two with the same seed the newest"
     with pytest.raises(UserError, match="no <!-- x --> markers"):
         leaderboard.rewritten("", {"x": ""})
 
 
 def test_reported_numbers_stand_in_brackets():
-    text = leaderboard.render([line(1, 2.0)])
+    text = leaderboard.render([line(1, 2.0), line(1, 9.0, p=4.0)])
+    assert "| backdoored | 99.9 (95.03) |" in text
     assert "| NAD | 80.0 (89.87) |" in text
     assert "| NAD | 2.0 (2.14) |" in text
+    assert "| NAD, `p 4.0` | 9.0 |" in text
+    assert "In brackets: BackdoorBench" in text
+    assert "(" not in leaderboard.render([line(1, 2.0, dataset="shapes10")]).replace("(image files (jpg))", "")
+
+
+def test_two_networks_of_one_attack_are_two_columns():
+    text = leaderboard.render([line(1, 2.0, network="a"), line(1, 4.0, network="b"), line(2, 6.0, network="b")])
+    assert "| ASR | BadNets (1) | BadNets (2) |" in text
+    assert "| NAD | 2.0 | 5.0 ± 1.4 |" in text
+    assert leaderboard.render([line(1, 2.0), line(1, 4.0, test_size=9)]).count("| ASR | BadNets |") == 2
+
+
+def test_a_lost_line_is_made_again(done, monkeypatch, tmp_path):
+    shutil.copytree(done, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    before = read_lines("results/benchmark.jsonl")
+    Path("results/benchmark.jsonl").unlink()
+    assert bench("--defenses", "clp", "--seeds", "1") == 0
+    assert sorted(cells()) == [("", 1), ("clp", 1)]
+    first = next(r for r in before if r["cell"]["defense"] == "")
+    assert next(r for r in read_lines("results/benchmark.jsonl"))["metrics"] == first["metrics"]
+
+
+def test_two_benchmarks_beside_each_other_count_no_cell_twice(workplace):
+    both = [start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2")
+            for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({}, ""),
+    ({"trigger_type": "blendTrigger"}, "trained with another attack (Blend)"),
+])
+def test_a_shipped_network_is_taken_if_it_is_what_it_should_be(workplace, options, text):
+    place = workplace / "weight/s_net/WRN-16-1-S-model_best.pth.tar"
+    with pytest.raises(UserError, match="is missing"):
+        benchmark.network_of("BadNets", {}, Path("results"))
+    save_checkpoint(place, {"state_dict": {}, "config": as_dict(TrainConfig(**options))})
+    if options:
+        with pytest.raises(UserError, match=re.escape(text)):
+            benchmark.network_of("BadNets", {}, Path("results"))
+    else:
+        for given in ({}, {"device": "cpu"}):
+            assert benchmark.network_of("BadNets", given, Path("results")).config.checkpoint_root == "weight/s_net"
+        trained = [benchmark.network_of(attack, given, Path("results")).config.checkpoint_root for attack, given in (
+            ("BadNets", {"epochs": 3}), ("BadNets:epochs=3", {}), ("BadNets:epochs=3", {"threads": 7}))]
+        assert trained[0].startswith("results/networks/cifar10_badnets-")
+        assert len(set(trained)) == 1, "one network for equal options, whatever the machine"

@@ -71,6 +71,10 @@ def test_the_last_layer_is_the_last_that_runs():
     for name, layer in (("ResNet18", "layer4"), ("torchvision:resnet18", "layer4"),
                         ("torchvision:efficientnet_b0", "features")):  # a sum, or another activation, comes after it
         assert last_layer(build(name, 10), toy(4, size=64).images) == layer
+    for name in ("squeezenet1_1", "swin_t"):  # its last convolution makes the logits; it has a patch embedding only
+        with pytest.raises(UserError, match="--prune_layer: which channels of .* name a layer: features"):
+            last_layer(build(f"torchvision:{name}", 10), toy(4, size=64).images)
+    assert last_layer(build("torchvision:squeezenet1_1", 10), toy(4, size=64).images, "features.12.expand3x3")
     with pytest.raises(UserError, match="--prune_layer nowhere.*block1.layer.0.conv1"):
         last_layer(network(), toy().images, "nowhere")
 
@@ -343,7 +347,7 @@ def test_the_hypergradient_without_the_inner_step_is_the_plain_gradient():
     model, data = network(), toy(16)
     images, labels, d = to_float(data.images), data.labels, torch.full((1, 3, 16, 16), 0.01)
     plain = torch.autograd.grad(F.cross_entropy(model((images + d).clamp(0, 1)), labels), list(model.parameters()))
-    still = ibau.hypergradient(model, images, labels, d, short(ibau_eta=0.0))
+    still = ibau.hypergradient(model, images, labels, d, short(ibau_eta=0.0))[1]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, still, strict=True))
 
 
@@ -367,7 +371,7 @@ def test_the_hypergradient_by_explicit_jacobians():
     direct, v = torch.autograd.functional.jacobian(lambda w, d: cross(d, w), (w, d))
     v = v.flatten()
     expected = direct.flatten() + (v + v @ jacobian + v @ jacobian @ jacobian) @ by_w
-    assert torch.allclose(ibau.hypergradient(model, images, labels, d, config)[0].flatten(), expected, atol=1e-6)
+    assert torch.allclose(ibau.hypergradient(model, images, labels, d, config)[1][0].flatten(), expected, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ Neural Cleanse

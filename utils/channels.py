@@ -3,8 +3,8 @@
 A channel is pruned by setting its weights (and bias) to zero, so that a pruned network is an ordinary checkpoint of its
 architecture. The layer is by default the last convolution or BatchNorm that runs: in a network with BatchNorm behind
 its convolutions, the last convolution's BatchNorm; in a pre-activation network (WRN) the BatchNorm before the pooling.
-Where something is added to that (ResNet) or done with it before the head takes it, it is the last block as a whole,
-and its channels are switched off where they are read: in the columns of the linear layer behind it.
+Where its output is not what the classifier pools, because something is added to it (ResNet), the "layer" is the block
+that ends in the sum, and a channel is switched off where it is read, in its column of the linear layer behind.
 """
 
 import torch
@@ -25,10 +25,11 @@ def last_layer(model, images, name=""):
 
     Raises ``UserError`` if there is none, or ``name`` is no convolution or BatchNorm.
     """
+    what = type(model).__name__
     prunable = {n: m for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
     if name:
         if name not in prunable:
-            raise UserError(f"--prune_layer {name}: no convolution or BatchNorm of {type(model).__name__}; it has "
+            raise UserError(f"--prune_layer {name}: no convolution or BatchNorm of {what}; it has "
                             f"{', '.join(prunable)}")
         return name
     last, end, handles = [], [], []
@@ -46,13 +47,17 @@ def last_layer(model, images, name=""):
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(to_float(images[:2]))
+            logits = model.eval()(to_float(images[:2]).to(next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
         model.train(was_training)
     if not last:
-        raise UserError(f"{type(model).__name__} has no convolution or BatchNorm, whose channels could be pruned")
+        raise UserError(f"{what} has no convolution or BatchNorm, whose channels could be pruned")
+    attends = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    if attends or getattr(model, "features_nhwc", False) or last[1].shape[1] == logits.shape[1]:
+        raise UserError(f"--prune_layer: which channels of {what} the classifier reads is not known; name a layer: "
+                        f"{', '.join(prunable)}")
     direct = any(torch.equal(end[1], f) for f in (last[1], last[1].relu()))
     return last[0] if direct or head(model, end[0], end[1].shape[1]) is None else end[0]
 
@@ -75,16 +80,18 @@ def of_channels(model, layer):
 
 @torch.no_grad()
 def channel_norms(model, layer, images, batch_size=250):
-    """What each channel of ``layer`` answers to uint8 ``images`` (N, C, H, W), after a ReLU, as means over the images.
+    """What each channel of ``layer`` answers to uint8 ``images`` (N, C, H, W), as means over the images.
 
-    A dict of float32 ``(channels,)``: "l1" and "l2" norms of the channel's map and "linf", its maximum.
+    Of a convolution or BatchNorm what is left after a ReLU counts, of a block absolute values. A dict of float32
+    ``(channels,)``: "l1" and "l2" norms of the channel's map and "linf", its maximum.
     """
     was_training = model.training
     model.eval()
     device, total, maps = next(model.parameters()).device, {}, []
+    rectify = F.relu if isinstance(model.get_submodule(layer), PRUNABLE) else torch.abs
     # not by ``Features``: what follows may add to the output in place, after this hook has copied it
     handle = model.get_submodule(layer).register_forward_hook(
-        lambda _module, _inputs, output: maps.append(F.relu(output.float()).flatten(2)))
+        lambda _module, _inputs, output: maps.append(rectify(output.float()).flatten(2)))
     try:
         for part in images.split(batch_size):
             model(to_float(part.to(device)))

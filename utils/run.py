@@ -73,6 +73,11 @@ def identity(config):
     return {k: v for k, v in as_dict(config).items() if k != "resume"}
 
 
+def decisive(config):
+    """The same without what may change when a run goes on."""
+    return {k: v for k, v in identity(config).items() if k != "threads"}
+
+
 def start_of(config):
     """The hashes of the checkpoints that a run starts from, a dict: another file under the same name is another run."""
     files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
@@ -104,7 +109,7 @@ class Journal(TerminalProgress):
     def __init__(self, config, target, on_epoch=None):
         self.config, self.target, self.on_epoch = config, Path(target), on_epoch
         self.inputs = start_of(config)
-        key = hashlib.sha256(json.dumps([identity(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
+        key = hashlib.sha256(json.dumps([decisive(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
         self.history, self.run_id, self.reused = [], secrets.token_hex(8), 0.0
         self.resumed = False
@@ -157,7 +162,8 @@ class Journal(TerminalProgress):
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
                   "inputs": self.inputs, "data": data, **more, "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
-                  "machine": hardware(choose_device(config.device)), "versions": versions()}
+                  "machine": hardware(choose_device(config.device)), "versions": versions(),
+                  **({"resumed": True} if self.resumed else {})}
         path = Path(config.log_root) / file
         if all(r.get("run_id") != self.run_id for r in read_lines(path)):  # it is there if the run was killed just here
             append_line(path, result)
@@ -173,7 +179,8 @@ def finished(config, target):
         return False
     try:
         stored = load_checkpoint(target)
-        return stored.get("config") == identity(config) and stored.get("inputs") == start_of(config)
+        return ({k: v for k, v in stored.get("config", {}).items() if k != "threads"} == decisive(config)
+                and stored.get("inputs") == start_of(config))
     except UserError:
         return False
 

@@ -1,0 +1,38 @@
+"""One run of a script in a process of its own. The standard library only, so that a Ray worker need not load torch."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on the same grid have to be kept apart by hand
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Wait for the lock file ``path``, hold it, and give its descriptor."""
+    with open(path, "a", encoding="utf-8") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def run_script_apart(command, folder, cwd, retries):
+    """Run ``command`` (a list) in ``cwd``, its output at the end of log.txt in ``folder``.
+
+    One that a signal killed is run again, up to ``retries`` times. It holds the folder's lock, also if this process
+    dies before it. Returns (exit code, negative for a signal; the last line of its output).
+    """
+    folder = Path(folder)
+    for _ in range(retries + 1):
+        with locked(folder / "lock") as lock, open(folder / "log.txt", "a", encoding="utf-8") as out:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
+                                  pass_fds=(lock,) if os.name == "posix" else ()).returncode
+        if code >= 0 or code == -signal.SIGINT:
+            break
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return (130 if code == -signal.SIGINT else code), lines[-1] if lines else ""
