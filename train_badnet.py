@@ -4,7 +4,8 @@
     python train_badnet.py --dataset shapes10       # the same on a data set that is generated on the spot
 
 Writes weight/s_net/<s_name>-S-model_best.pth.tar (the last epoch, despite the demo's name for the file) and one line of
-results/train_badnet.jsonl. A killed run goes on with the same command and --resume.
+results/train_badnet.jsonl. A killed run goes on with the same command and --resume. Large networks are trained by
+several processes with torchrun --nproc_per_node N train_badnet.py.
 """
 
 import sys
@@ -20,19 +21,29 @@ from models import select_model
 from utils.data import Batches, make_augment
 from utils.devices import choose_device, use_bf16
 from utils.engine import cross_entropy, evaluate, fit
+from utils.parallel import Team
 from utils.run import Journal, check_writable, finished, run_script, say, table
 from utils.seeds import derive
 
 
 def main(config):
     """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
-    device = choose_device(config.device)
+    team = Team(config)
+    try:
+        train_in(team, config)
+    finally:
+        team.close()
+
+
+def train_in(team, config):
+    """The same as one process of ``team``; the first one measures, reports and writes."""
+    device = choose_device(team.device(config.device))
     amp = use_bf16(config.amp, device)
     target = student_file(config, config.checkpoint_root)
-    if finished(config, target):
+    if team.from_first(finished(config, target)):
         say(f"already finished: {target}")
         return
-    if config.save:
+    if config.save and team.first:
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
@@ -46,9 +57,9 @@ def main(config):
             poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
             about = f"{len(poisoned_train.poisoned)} poisoned"
             about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
-        elif config.stamp == "before" or config.compile:
+        elif config.stamp == "before" or config.compile or team.world > 1:
             raise UserError(f"--trigger_type {config.trigger_type}: its trigger is part of the training step: neither "
-                            f"--stamp before nor --compile goes with it")
+                            f"--stamp before nor --compile nor torchrun goes with it")
         else:
             about = f"{config.inject_portion:.0%} of each batch poisoned"
         poisoned_test, parts = backdoor_tests(config, test, trigger)
@@ -59,6 +70,7 @@ def main(config):
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize).to(device)
+    about += f", {team.world} processes" if team.world > 1 else ""
     say(f"{config.s_name} on {config.dataset}: {len(train)} training images, {about}, {len(test)} test images, "
         f"{device}{', bf16' if amp else ''}")
 
@@ -71,14 +83,16 @@ def main(config):
         say(f"epoch {record['epoch']:3d}/{record['epochs']}  loss {record['loss']:.4f}  ACC {record['clean_acc']:5.2f}"
             f"{asr}  {record['seconds']:.1f} s")
 
-    journal = Journal(config, target, report)
+    journal = Journal(config, target, report) if team.first else None
     batches = Batches(poisoned_train, config.batch_size, make_augment(config), config.seed, "train_badnet",
-                      config.stamp)
+                      config.stamp, (team.rank, team.world))
     trained = trigger.network(model, train.n_classes).to(device) if trigger else model
-    fit(trained, trigger.loss if trigger else cross_entropy, batches, epochs=config.epochs, lr=config.lr,
+    fit(team.joined(trained), trigger.loss if trigger else cross_entropy, batches, epochs=config.epochs, lr=config.lr,
         lr_schedule=config.lr_schedule, momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed,
         stage="train_badnet", turn=config.turn if config.optimizer == "muon" else 0.0, amp=amp,
-        compiled=config.compile, progress=journal)
+        compiled=config.compile, progress=journal, team=team)
+    if not team.first:
+        return
     if trigger is not None and trigger.joint:
         poisoned_test, parts = backdoor_tests(config, test, trigger)
     metrics = evaluate(model, test, poisoned_test, aim, parts=parts)

@@ -130,11 +130,13 @@ class Batches:
 
     images float32 ``(B, C, H, W)`` in [0, 1], channels last; labels int64 ``(B,)``. Batches are all of the same size:
     the remainder (another one each epoch) is left out; a set smaller than a batch is one batch. Everything drawn
-    depends on ``(seed, name, epoch)`` only, so that an epoch can be repeated or resumed at will.
+    depends on ``(seed, name, epoch)`` only, so that an epoch can be repeated or resumed at will. ``share`` (rank,
+    world): every batch is cut among ``world`` processes, and this one gets its part.
     """
 
-    def __init__(self, data, batch_size, augment=None, seed=0, name="train", stamp="after"):
+    def __init__(self, data, batch_size, augment=None, seed=0, name="train", stamp="after", share=(0, 1)):
         self.data, self.augment, self.seed, self.name, self.stamp = data, augment, seed, name, stamp
+        self.share = share
         self.batch_size = min(batch_size, len(data))
 
     def __len__(self):
@@ -149,7 +151,7 @@ class Batches:
         if self.augment:
             draw = {k: v.to(device) for k, v in self.augment.draw(n, data.shape, gen).items()}
         for k in range(len(self)):
-            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
+            part = slice(k * self.batch_size + self.share[0], (k + 1) * self.batch_size, self.share[1])
             indices, indices_there = order[part], order_there[part]
             images = data.images[indices_there]
             if self.stamp == "before":

@@ -32,7 +32,7 @@ def autocast(device, enabled):
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, bar=None):
+def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, bar=None, team=None):
     """Train ``model``, in the mode it is in, on ``batches.epoch(epoch)``.
 
     ``rate_at(t)`` is the factor of the learning rate at epoch ``t``, a fraction. Returns (mean loss, accuracy in
@@ -59,7 +59,8 @@ def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, 
             bar.update()
     for group, lr in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = lr
-    mean_loss, right = (total / seen).tolist()
+    total /= seen
+    mean_loss, right = (team.mean(total) if team else total).tolist()
     return mean_loss, 100 * right
 
 
@@ -147,14 +148,15 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, turn=0.0, freeze_bn=False, progress=None):
+        compiled=False, turn=0.0, freeze_bn=False, progress=None, team=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``lr_schedule`` is a name that ``rate``
     knows, or a function of the losses of the epochs so far, a list, that gives the factor of the learning rate in the
-    next. ``freeze_bn`` keeps the statistics of BatchNorm as they are. An interrupted stage goes on from
-    ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
-    same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
+    next. ``freeze_bn`` keeps the statistics of BatchNorm as they are. ``team`` (``utils.parallel.Team``): the processes
+    that train together. An interrupted stage goes on from ``progress.load(stage)``; everything random depends on
+    ``seed``, the batches and the epoch, so that it ends with the same weights. Raises ``UserError`` if the loss stops
+    being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
@@ -163,11 +165,13 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     optim = make_optimizer(model, lr, momentum, weight_decay, turn)
     first, history = 0, []
     state = progress.load(stage)
+    if team:
+        state = team.from_first(state)
     if state:
         model.load_state_dict(state["state_dict"])
         optim.load_state_dict(state["optimizer"])
         first, history = state["epoch"], state["history"]
-    runner = model
+    runner = team.spread(model) if team else model
     if compiled:
         runner = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
     for epoch in range(first, epochs):
@@ -179,7 +183,7 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
                 module.eval()
         rate_at = schedule(lr_schedule, epochs, [r["loss"] for r in history])
         with progress.bar(stage, epoch, epochs, len(batches)) as bar:
-            mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim, rate_at, amp, bar)
+            mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim, rate_at, amp, bar, team)
         if not math.isfinite(mean_loss) or not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; the last good checkpoint is kept. "
                             f"Try a smaller learning rate than {lr}")

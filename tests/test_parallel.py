@@ -1,0 +1,58 @@
+"""torchrun with two processes on the CPU: the losses and weights of one process with whole batches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils.data import Augment, Batches, TensorData
+
+ARGS = ["--dataset", "shapes10", "--train_size", "50", "--test_size", "100", "--s_name", "WRN-10-1", "--device", "cpu",
+        "--threads", "1", "--epochs", "3", "--batch_size", "50", "--amp", "off", "--optimizer", "sgd"]
+
+
+def run(folder, *args, processes=1):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29617"]
+    return subprocess.run([sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_badnet.py"), *ARGS,
+                           *args], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_batch_is_shared_without_loss():
+    data = TensorData(torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20), range(20))
+    whole = list(Batches(data, 10, Augment(pad=2, cutout=3), 1).epoch(4))
+    parts = [list(Batches(data, 10, Augment(pad=2, cutout=3), 1, share=(r, 2)).epoch(4)) for r in range(2)]
+    for (images, labels), *shares in zip(whole, *parts, strict=True):
+        for rank, (some, own) in enumerate(shares):
+            assert torch.equal(own, labels[rank::2])
+            assert torch.equal(some, images[rank::2])
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    histories, states = [], []
+    for k in (1, 2):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        done = run(folder, processes=k)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch   3/3") == 1, "one of them reports"
+        (record,) = [json.loads(line) for line in (folder / "results/train_badnet.jsonl").read_text().splitlines()]
+        histories.append(record["history"])
+        path = Path("weight/s_net/shapes10/WRN-10-1-S-model_best.pth.tar")
+        states.append(torch.load(folder / path, weights_only=True)["state_dict"])
+    for k, (one, two) in enumerate(zip(*histories, strict=True)):  # a step an epoch; rounding grows from step to step
+        assert two["loss"] == pytest.approx(one["loss"], abs=3e-3 if k else 1.1e-4)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        if value.is_floating_point():
+            assert torch.allclose(value, states[1][name], atol=5e-3), name
+    assert "2 processes" in done.stdout
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    done = run(tmp_path, "--batch_size", "51", processes=2)
+    assert done.returncode != 0
+    assert "--batch_size 51: 2 processes share a batch" in done.stderr

@@ -1,0 +1,121 @@
+"""Training by several processes, each with a share of every batch: ``torchrun --nproc_per_node N train_badnet.py``.
+
+Gradients are averaged by DistributedDataParallel, and BatchNorm takes the statistics of the whole batch, so that the
+losses are those of one process but for rounding.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from config import UserError
+
+
+class Team:
+    """The processes of this run: ``rank`` of ``world``; one process alone is rank 0 of 1."""
+
+    def __init__(self, config):
+        self.rank, self.world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        if self.world == 1:
+            return
+        if config.batch_size % self.world:
+            raise UserError(f"--batch_size {config.batch_size}: {self.world} processes share a batch; a multiple of "
+                            f"{self.world} is needed")
+        if config.compile:
+            raise UserError("--compile does not go with torchrun")
+        self.cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.set_device(self.local)
+        dist.init_process_group("nccl" if self.cuda else "gloo")
+        if not self.first:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for as long as it lives
+
+    @property
+    def first(self):
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    def device(self, name):
+        """``name``, or this process's own GPU."""
+        return f"cuda:{self.local}" if self.world > 1 and self.cuda else name
+
+    def from_first(self, value):
+        """``value`` of the first process, in all of them."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def mean(self, tensor):
+        """The mean of ``tensor`` over the processes, which is written into it."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def spread(self, model):
+        """``model`` as it is trained: its BatchNorm joined and its gradients averaged over the processes."""
+        if self.world == 1:
+            return model
+        if self.cuda:
+            return nn.parallel.DistributedDataParallel(model, device_ids=[self.local])
+        return nn.parallel.DistributedDataParallel(model)
+
+    def joined(self, model):
+        """``model`` with BatchNorm layers that look at whole batches, under the same names."""
+        if self.world == 1:
+            return model
+        if self.cuda:
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    child.__class__ = JoinedBatchNorm2d
+                assert not isinstance(child, nn.BatchNorm1d | nn.BatchNorm3d), name
+        return model
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class JoinedBatchNorm2d(nn.BatchNorm2d):
+    """``nn.SyncBatchNorm`` for processes on the CPU, which it does not know."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide, count = x.float(), x.numel() // x.shape[1] * dist.get_world_size()
+            mean = summed(wide.sum((0, 2, 3))) / count  # (C,)
+            off = wide - mean[:, None, None]
+            var = summed(off.square().sum((0, 2, 3))) / count
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            scale = self.weight * (var + self.eps).rsqrt()
+            return (off * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def summed(tensor):
+    """The sum of ``tensor`` over the processes; its gradient flows into all of them."""
+    return Sum.apply(tensor)
+
+
+class Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
