@@ -4,6 +4,7 @@
     python benchmark.py --preset defenses           # eight attacks, all defenses, three seeds, the shipped networks
     python benchmark.py --attacks BadNets 'Blend:blend_alpha=0.1' --defenses finetune 'nad:beta1=0,beta2=0' --seeds 1 2
     python benchmark.py --table                     # the leaderboard, printed and put into README.md
+    python benchmark.py --figures                   # the same as pictures, in <out>/figures
 
 An attack is a name of attacks.PRESETS, a defense the name of its file; either may be followed by a colon and options
 of its script. Results go to <out>/benchmark.jsonl, one line a cell. Cells that are there with the same configuration
@@ -36,6 +37,7 @@ from leaderboard import SIX
 from subject import stored_options
 from utils.checkpoint import load_checkpoint
 from utils.files import append_line, read_lines, write_atomically
+from utils.plot import pyplot, save_figure
 from utils.processes import locked, run_script_apart
 from utils.run import check_writable, run_script, say, start_of
 
@@ -339,6 +341,8 @@ def main(opt):
     out = Path(opt.out)
     if opt.table:
         return publish(out)
+    if opt.figures:
+        return draw(out)
     given = {"attacks": opt.attacks, "defenses": opt.defenses, "seeds": opt.seeds, "models": opt.models,
              "datasets": opt.datasets, "ratios": opt.ratios}
     given = {name: value for name, value in given.items() if value}
@@ -378,6 +382,19 @@ def publish(out):
     lines = "".join(json.dumps(r) + "\n" for r in records.values())
     write_atomically(PUBLISHED, lambda f: f.write(lines.encode()))
     leaderboard.write_into(ROOT / "README.md", {"benchmark": text})
+
+
+def draw(out):
+    """A PNG of each setting in the results of ``out``."""
+    plt, folder = pyplot(), out / "figures"
+    found = leaderboard.by_setting(results(out / "benchmark.jsonl"))
+    if not found:
+        raise UserError(f"--figures: {out / 'benchmark.jsonl'} holds no results")
+    check_writable(folder, "out")
+    for name, records in found.items():
+        path = folder / f"{''.join(c if c.isalnum() else '-' for c in name).strip('-')}.png"
+        save_figure(leaderboard.draw(plt, name, records), path)
+        say(f"saved: {path}")
 
 
 def unfinished(cells, out):

@@ -308,6 +308,7 @@ class BenchmarkConfig:
     gpus_per_cell: float = option(0.0, "run", "GPUs that a cell takes on Ray; 0.25: four cells share one", low=0.0)
     keep: bool = option(False, "run", "keep the erased networks and the logs, in <out>/cells")
     table: bool = option(False, "run", "run nothing: print the leaderboard and put it into README.md")
+    figures: bool = option(False, "run", "run nothing: draw the leaderboard")
     out: str = option("results", "run", "folder of the result lines and of unfinished cells")
 
 

@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 
 import strip
-from config import DetectConfig
+from config import DetectConfig, UserError
 from defenses import neural_cleanse
 from subject import opened, study
 from utils.checkpoint import file_hash, save_checkpoint, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, write_atomically
+from utils.plot import pyplot, save_figure
 from utils.run import check_writable, identity, run_script, say
 from utils.seeds import generator
 
@@ -40,14 +41,11 @@ def save_picture(array, path):
 def save_histogram(clean, triggered, limit, path):
     """Entropies of clean and triggered inputs as a PNG. Without matplotlib it says what to install."""
     try:
-        import matplotlib
-    except ImportError:
-        say(f"note: {path} needs matplotlib: pip install matplotlib")
+        plt = pyplot()
+    except UserError as e:
+        say(f"note: {path} was not drawn: {e}")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     edges = np.linspace(0, max(clean.max(), triggered.max() if triggered is not None else 0).item() + 1e-6, 41)
     axes.hist(clean.numpy(), edges, alpha=0.6, label=f"clean ({len(clean)})")
     if triggered is not None:
@@ -55,8 +53,7 @@ def save_histogram(clean, triggered, limit, path):
     axes.axvline(limit, color="black", linestyle="--", label="threshold")
     axes.set(xlabel="mean entropy under superposition, bits", ylabel="inputs", title="STRIP")
     axes.legend()
-    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=150))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def cleanse(subject, config, folder):

@@ -63,13 +63,50 @@ def setting(record):
     return f"{c['s_name']}, {data_name(c)} ({record['data']}{others})"
 
 
-def render(records):
-    """Everything that ``benchmark.py`` measured, one block for each architecture and data set."""
+def by_setting(records):
+    """{setting: its records of erased networks}."""
     blocks = {}
     for r in records:
         if r["config"]["script"] == "EraseConfig" and r["config"]["defense"] in defenses.NAMES:
             blocks.setdefault(setting(r), []).append(r)
-    return "\n\n".join(block(name, found) for name, found in blocks.items()) or "nothing was measured yet"
+    return blocks
+
+
+def render(records):
+    """Everything that ``benchmark.py`` measured, one block for each architecture and data set."""
+    return "\n\n".join(block(*pair) for pair in by_setting(records).items()) or "nothing was measured yet"
+
+
+def draw(plt, name, records):
+    """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack."""
+    rows, columns, before, _ = arranged(records)
+    across = min(4, len(columns))
+    down = -(-len(columns) // across)
+    figure, panels = plt.subplots(down, across, squeeze=False, sharex=True, sharey=True, layout="constrained",
+                                  figsize=(1.5 + 3 * across, 1 + 2.8 * down))
+    colours = plt.get_cmap("tab20")
+    for panel in panels.flat[len(columns):]:
+        panel.set_axis_off()
+    for panel, column in zip(panels.flat, columns, strict=False):
+        for k, (row, found) in enumerate(rows.items()):
+            runs = [outcome(r) for r in found.get(column, {}).values()]
+            if not runs or runs[0]["asr"] is None:
+                continue
+            x = [r["asr"] for r in runs]
+            y = [before[column]["clean_acc"] - r["clean_acc"] for r in runs]
+            panel.errorbar(statistics.mean(x), statistics.mean(y), statistics.pstdev(y), statistics.pstdev(x),
+                           fmt="os^Dv<>P*X"[k % 10], color=colours(k % 20), label=row.replace("`", ""), capsize=2)
+        panel.set(title=column, xlim=(-3, 103))
+        panel.axhline(0, color="grey", linewidth=0.5)
+    figure.supxlabel("ASR, percent")
+    figure.supylabel("points of ACC lost")
+    figure.suptitle(f"{name}: the best is at the lower left", fontsize=10)
+    found = {}
+    for panel in panels.flat:
+        marks, labels = panel.get_legend_handles_labels()
+        found.update(zip(labels, marks, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside right upper", fontsize=8)
+    return figure
 
 
 def columns_of(records):
@@ -84,16 +121,21 @@ def columns_of(records):
     return dict(sorted(found.items(), key=lambda pair: order.index(pair[1]) if pair[1] in order else len(order)))
 
 
-def block(name, records):
-    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
-    rows, columns, before = {}, columns_of(records), {}  # rows: {row: {column: {seed: record}}}
+def arranged(records):
+    """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share)."""
+    rows, columns, before = {}, columns_of(records), {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
         column = columns[r["inputs"]["s_model"]]
         row = ", ".join([defenses.title(r["config"]["defense"]), *(c for c in changes(r["config"]) if c not in shared)])
         rows.setdefault(row, {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
-    columns = list(columns.values())
+    return rows, list(columns.values()), before, shared
+
+
+def block(name, records):
+    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
+    rows, columns, before, shared = arranged(records)
     seeds = [len(found) for row in rows.values() for found in row.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})

@@ -30,23 +30,12 @@ from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import to_float
 from utils.devices import choose_device
 from utils.engine import TerminalProgress, clone, evaluate
-from utils.files import read_lines, write_atomically
+from utils.files import read_lines
+from utils.plot import pyplot, save_figure
 from utils.run import check_writable, run_script, say
 
 LEARNED = {"inputAwareTrigger": "input_aware"}  # their networks' folders below --weights
 ROWS_A_COLUMN = 10
-
-
-def plotting():
-    """matplotlib without a screen. Raises ``UserError`` if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("visualize.py needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def triggered(options, config, train, image):
@@ -70,7 +59,7 @@ def triggered(options, config, train, image):
 
 def triggers(config):
     """One row an attack: clean, triggered, difference x 5 (grey is no difference)."""
-    pyplot = plotting()
+    plt = pyplot()
     train, test = load_data(config, True), load_data(config, False)
     if config.image >= len(test):
         raise UserError(f"--image {config.image}: the test set has the images 0 to {len(test) - 1}")
@@ -83,7 +72,7 @@ def triggers(config):
         except UserError as e:
             say(f"note: {name} is left out: {e}")
     columns = -(-len(rows) // ROWS_A_COLUMN)
-    figure, axes = pyplot.subplots(min(len(rows), ROWS_A_COLUMN), 3 * columns, squeeze=False,
+    figure, axes = plt.subplots(min(len(rows), ROWS_A_COLUMN), 3 * columns, squeeze=False,
                                    figsize=(4.6 * columns, 1.42 * min(len(rows), ROWS_A_COLUMN) + 0.4))
     for axis in axes.flat:
         axis.axis("off")
@@ -103,7 +92,7 @@ def triggers(config):
 def save(figure, config, name):
     path = Path(config.out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda f: figure.savefig(f, dpi=130, format="png"))
+    save_figure(figure, path)
     say(f"saved: {path}")
 
 
@@ -155,9 +144,9 @@ def heat(axis, image, value):
 
 def grid(config, subject, titles, draw, name, title):
     """A figure with two rows an example, clean and triggered; ``draw(axes, image)`` fills a row but for its first."""
-    pyplot = plotting()
+    plt = pyplot()
     clean, stamped = examples(subject, config.images)
-    figure, axes = pyplot.subplots(2 * len(clean), 1 + len(titles), squeeze=False, layout="constrained",
+    figure, axes = plt.subplots(2 * len(clean), 1 + len(titles), squeeze=False, layout="constrained",
                                    figsize=(1.35 * (1 + len(titles)), 1.4 * 2 * len(clean) + 0.5))
     for k, row in enumerate(axes):
         image = (clean, stamped)[k % 2][k // 2]
@@ -210,12 +199,12 @@ def gradcam(config):
 
 def channels(config):
     """Per channel: l-inf norm on clean and triggered test images; histograms of what the trigger adds to each norm."""
-    pyplot = plotting()
+    plt = pyplot()
     subject = known_trigger(config)
     layer = last_layer(subject.model, subject.clean.images, config.prune_layer)
     clean = channel_norms(subject.model, layer, subject.test.images[subject.poisoned_test.poisoned])
     stamped = channel_norms(subject.model, layer, subject.poisoned_test.images)
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     order = clean["linf"].argsort(descending=True).cpu()
     for axis in axes[0, 1:]:
         axis.remove()
@@ -238,12 +227,12 @@ def threshold(config):
 
     The order comes from the trigger that Neural Cleanse finds, as in ``defenses/linf_pruning.py``.
     """
-    pyplot = plotting()
+    plt = pyplot()
     subject = known_trigger(config)
     model = subject.model
     layer = last_layer(model, subject.clean.images, config.prune_layer)
     found = linf_pruning.smallest(neural_cleanse.reversed_before(model, subject.clean, config, TerminalProgress()))
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
 
     def measure(pruned):
         result = evaluate(pruned, subject.test, subject.poisoned_test, subject.aim)
@@ -263,7 +252,7 @@ def threshold(config):
 
 def curves(config):
     """ACC and ASR per epoch of the last run in ``--results`` that measured them."""
-    pyplot = plotting()
+    plt = pyplot()
     runs = [r for r in read_lines(Path(config.results)) if any("asr" in e for e in r.get("history", []))]
     if not runs:
         raise UserError(f"--results {config.results}: holds no run of main.py with --eval_every 1")
@@ -271,7 +260,7 @@ def curves(config):
     for e in runs[-1]["history"]:
         if "clean_acc" in e:
             stages.setdefault(e["stage"], []).append(e)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, key, title in zip(axes, ("clean_acc", "asr"), ("ACC", "ASR"), strict=True):
         for stage, epochs in stages.items():
             if epochs[0][key] is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import start
+from PIL import Image
 
 import benchmark
 import leaderboard
@@ -269,3 +270,16 @@ def test_a_shipped_network_is_taken_if_it_is_what_it_should_be(workplace, option
             ("BadNets", {"epochs": 3}), ("BadNets:epochs=3", {}), ("BadNets:epochs=3", {"threads": 7}))]
         assert trained[0].startswith("results/networks/cifar10_badnets-")
         assert len(set(trained)) == 1, "one network for equal options, whatever the machine"
+
+
+def test_the_leaderboard_as_a_picture(workplace, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert run_script(benchmark.main, BenchmarkConfig, ["--figures"]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    for r in [line(s, 2.0 + s, d, attack=a) for s in (1, 2) for d in ("nad", "clp") for a in ("BadNets", "Blend")]:
+        append_line("results/benchmark.jsonl", r)
+    assert run_script(benchmark.main, BenchmarkConfig, ["--figures"]) == 0
+    (path,) = Path("results/figures").glob("*.png")
+    with Image.open(path) as image:
+        assert image.width > 600
+        assert len(set(image.convert("L").tobytes())) > 50, "it is not blank"

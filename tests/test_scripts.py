@@ -220,7 +220,7 @@ def test_pictures_of_the_triggers(workplace, capsys, monkeypatch):
     assert visualize.main(small) == 2
     error = capsys.readouterr().err.splitlines()
     assert [e.partition("error: ")[2][:24] for e in error] == ["--image 20: the test set", "what to draw comes first",
-                                                               "visualize.py needs matpl"]
+                                                               "pictures need matplotlib"]
 
 
 def test_own_images_and_a_torchvision_model(workplace, capsys):
