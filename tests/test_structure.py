@@ -82,7 +82,8 @@ def readme_commands():
 
 
 def test_the_commands_of_the_readme_parse():
-    scripts = {"train_badnet.py": TrainConfig, "main.py": EraseConfig}
+    scripts = {"train_badnet.py": TrainConfig, "main.py": EraseConfig, "detect.py": DetectConfig,
+               "benchmark.py": BenchmarkConfig}
     seen = set()
     for command in readme_commands():
         words = shlex.split(command)
