@@ -64,11 +64,11 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
              for attack, more in (([*SHIPPED], {}), (["BadNets"], {"models": ["AlexNet"]}))],
     "ablations": [{"attacks": ["BadNets", "Blend", "SIG"], "seeds": SEEDS, "defenses": [
         "finetune", "nad", *(f"{d}:ratio={r}" for d in ("finetune", "nad") for r in (0.01, 0.1, 0.2)),
-        *(f"nad:beta1={500 * s:g},beta2={1000 * s:g},beta3={1000 * s:g}" for s in (0.03, 0.1, 1.0, 3.0)),
+        *(f"nad:beta1={500 * s:g},beta2={1000 * s:g},beta3={1000 * s:g}" for s in (0.1, 0.3, 3.0, 10.0)),
         "nad:beta1=0,beta2=0", "nad:beta1=0,beta3=0", "nad:beta2=0,beta3=0",
         "nad:p=1", "nad:p=4", "nad:attention=mean", "nad:attention=max",
         "nad:teacher_epochs=1", "nad:teacher_epochs=5", "nad:teacher_epochs=20",
-        "nad:at_loss=paper,beta1=0.15,beta2=1.2,beta3=4.7"]}],  # the same weight as the default, see at.py
+        "nad:at_loss=paper,beta1=0.5,beta2=4,beta3=16"]}],  # the same weight as the default, see at.py
 }
 
 

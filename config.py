@@ -186,15 +186,15 @@ class EraseConfig(SubjectConfig):
     epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
                          unit="epochs")
     batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
-    lr: float = option(0.01, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
-    ft_lr: float = option(0.01, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
+    lr: float = option(0.02, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
+    ft_lr: float = option(0.02, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
                           low=0.0)
     lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo, search]; tenths = divided "
                                                  "by 10 every 2 epochs [paper, teacher]; linear; cosine; constant",
                               choices=("demo", "tenths", "linear", "cosine", "constant"))
     teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
                                  unit="epochs")
-    teacher_lr: float = option(0.02, "erasing", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
+    teacher_lr: float = option(0.03, "erasing", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
                                low=0.0)
     teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
@@ -203,12 +203,12 @@ class EraseConfig(SubjectConfig):
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
-    beta1: float = option(150.0, "erasing", "weight of the attention loss of the first layer [search; demo: 500]",
+    beta1: float = option(500.0, "erasing", "weight of the attention loss of the first layer [demo, search]",
                           low=0.0)
-    beta2: float = option(300.0, "erasing", "weight of the attention loss of the second layer [search; demo: 1000]",
+    beta2: float = option(1000.0, "erasing", "weight of the attention loss of the second layer [demo, search]",
                           low=0.0)
-    beta3: float = option(300.0, "erasing", "weight of the attention loss of the third and any further layer [search; "
-                                           "demo: 1000]", low=0.0)
+    beta3: float = option(1000.0, "erasing", "weight of the attention loss of the third and any further layer [demo, "
+                                            "search]", low=0.0)
     p: float = option(2.0, "erasing", "power of the attention map [paper]", low=1.0, high=16.0)
     attention: str = option("sum", "erasing", "attention map over channels of |F|^p [paper: sum]",
                             choices=("sum", "mean", "max"))

@@ -217,7 +217,7 @@ def test_rounds_take_the_student_before_as_teacher(monkeypatch):
     first, third = (nad.erase(model, data, short(rounds=k)) for k in (1, 3))
     assert len(teachers) == 2 + 4, "the check before training takes one of its own"
     again = fit(clone(model), nad.make_loss(model, first, short()), nad.clean_batches(data, short(), "finetune"),
-                epochs=1, lr=0.01, lr_schedule="demo", stage="nad", **nad.recipe(model, short()))
+                epochs=1, lr=short().lr, lr_schedule="demo", stage="nad", **nad.recipe(model, short()))
     state = teachers[5].state_dict()
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items()), "round 2, from the network itself"
     assert any(not torch.equal(v, third.state_dict()[k]) for k, v in state.items())
