@@ -198,6 +198,8 @@ class EraseConfig(SubjectConfig):
                                low=0.0)
     teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
+    teacher_rho: float = option(0.0, "erasing", "radius of sharpness-aware minimisation in the teacher's fine-tuning, "
+                                                "which makes it FT-SAM [2 in BackdoorBench]; 0: plain [paper]", low=0.0)
     rounds: int = option(1, "erasing", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
                          low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")

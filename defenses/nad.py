@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe, tune
+from defenses.ftsam import SAMLoss
 from models import Features, feature_layers, needs_pixels, select_model
 from utils.data import to_float
-from utils.engine import clone, fit
+from utils.engine import clone, cross_entropy, fit
 
 
 class NADLoss:
@@ -66,7 +67,7 @@ def make_teacher(model, clean_data, config, progress=None):
     """The teacher: the network in ``config.t_model``, or a copy of ``model`` fine-tuned on ``clean_data``."""
     if not config.t_model:
         return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, config.teacher_lr_schedule,
-                    "teacher", progress)
+                    "teacher", progress, SAMLoss(config.teacher_rho) if config.teacher_rho else cross_entropy)
     channels, size = clean_data.shape[0], clean_data.shape[1]
     teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model, clean_data.n_classes,
                            in_channels=channels, image_size=size, normalize=config.normalize)

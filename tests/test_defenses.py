@@ -211,6 +211,17 @@ def test_linf_pruning_takes_the_fewest_channels_that_stop_the_synthetic_trigger(
 # ---------------------------------------------------------------------------------------------------------------- SAGE
 
 
+def test_a_sharpness_aware_teacher():
+    model, data = network(), toy()
+    plain, aware, again = (nad.make_teacher(model, data, short(teacher_rho=rho)) for rho in (0.0, 2.0, 2.0))
+    same = [torch.equal(v, aware.state_dict()[k]) for k, v in plain.state_dict().items()]
+    assert not all(same)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in aware.state_dict().items())
+    by_hand = fit(clone(model), ftsam.SAMLoss(2.0), nad.clean_batches(data, short(), "teacher"), epochs=1,
+                  lr=short().teacher_lr, lr_schedule="demo", stage="teacher", **nad.recipe(model, short()))
+    assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in aware.state_dict().items())
+
+
 def test_rounds_take_the_student_before_as_teacher(monkeypatch):
     model, data, teachers = network(), toy(), []
     monkeypatch.setattr(nad, "make_loss", lambda m, t, c, own=nad.make_loss: teachers.append(t) or own(m, t, c))
