@@ -35,7 +35,7 @@ import train_badnet as training
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, student_file
 from leaderboard import SIX
 from subject import stored_options
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import file_hash, load_checkpoint
 from utils.files import append_line, read_lines, write_atomically
 from utils.plot import pyplot, save_figure
 from utils.processes import locked, run_script_apart
@@ -79,6 +79,7 @@ class Cell:
     attack: str
     defense: str  # '' for one that trains a network
     config: object
+    shipped: bool = False  # of one that trains a network: it is there
 
     def files(self):
         """The hashes of the files that the run starts from, by option; a network that is not there yet by its name."""
@@ -125,8 +126,9 @@ def key_of(record):
 
 
 def results(path):
-    """The lines of the results file ``path`` that are cells of today's version."""
-    return [r for r in read_lines(path) if r.get("version") == VERSION and {"cell", "config", "inputs"} <= set(r)]
+    """The lines of the results file ``path`` that are cells of today's version and defenses."""
+    return [r for r in read_lines(path) if r.get("version") == VERSION and {"cell", "config", "inputs"} <= set(r)
+            and r["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES]
 
 
 def settings(cls, items, flag):
@@ -167,7 +169,7 @@ def cells_of(grid, out):
         for attack in grid["attacks"]:
             network = network_of(attack, own_train, out)
             path = student_file(network.config, network.config.checkpoint_root)
-            if network.config.checkpoint_root.startswith(str(out)):
+            if not network.shipped:
                 trained.append(network)
             for defense, seed in itertools.product(grid["defenses"], grid["seeds"]):
                 chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
@@ -193,7 +195,7 @@ def network_of(attack, options, out):
         if found != name:
             raise UserError(f"--attacks {attack}: {path} was trained with another attack ({found or 'a variant'}); "
                             f"--train_options epochs=30 trains another")
-        return Cell(attack, "", config)
+        return Cell(attack, "", config, shipped=True)
     digest = hashlib.sha256(what_counts(as_dict(config), {}).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
     config.checkpoint_root = str(out / "networks" / f"{slug}-{digest}")
@@ -304,7 +306,7 @@ def run_all(cells, opt, out, bar):
     """Run ``cells``; writes a line for each. Returns those that failed."""
     def here(cell, out, opt):
         with locked(cell.folder() / "lock"):
-            return run_here(cell, out, opt) if collect(cell) is None else None
+            return run_here(cell, out, opt) if collect(cell) is None and unfinished([cell], out) else None
 
     workers, run = opt.jobs, here
     if opt.engine == "ray":
@@ -374,14 +376,23 @@ def main(opt):
 
 
 def publish(out):
-    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into README.md."""
-    records = {key_of(r): r for r in [*results(PUBLISHED), *results(out / "benchmark.jsonl")]}
+    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into README.md.
+
+    Lines about a network whose file holds another one by now are left out.
+    """
+    records = {key_of(r): r for r in [*results(PUBLISHED), *results(out / "benchmark.jsonl")] if not replaced(r)}
     text = leaderboard.render(records.values())
     say(text)
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(r) + "\n" for r in records.values())
     write_atomically(PUBLISHED, lambda f: f.write(lines.encode()))
     leaderboard.write_into(ROOT / "README.md", {"benchmark": text})
+
+
+def replaced(record):
+    """Whether the file of the network that ``record`` is about holds another one today."""
+    path = Path(record["config"].get("s_model", ""))
+    return path.is_file() and file_hash(path) != record["inputs"]["s_model"]
 
 
 def draw(out):

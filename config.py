@@ -186,35 +186,35 @@ class EraseConfig(SubjectConfig):
     epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
                          unit="epochs")
     batch_size: int = option(64, "erasing", "batch size [demo]", low=2, unit="images")
-    lr: float = option(0.02, "erasing", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
-    ft_lr: float = option(0.02, "erasing", "learning rate of the fine-tuning that is measured beside [search]",
+    lr: float = option(0.02, "nad", "learning rate of NAD's student [search; paper and demo: 0.1]", low=0.0)
+    ft_lr: float = option(0.02, "finetune", "learning rate of the fine-tuning that is measured beside [search]",
                           low=0.0)
     lr_schedule: str = option("demo", "erasing", "demo = a tenth of it after 2 epochs [demo, search]; tenths = divided "
                                                  "by 10 every 2 epochs [paper, teacher]; linear; cosine; constant",
                               choices=("demo", "tenths", "linear", "cosine", "constant"))
-    teacher_epochs: int = option(10, "erasing", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
+    teacher_epochs: int = option(10, "nad", "epochs of the teacher's fine-tuning [paper: 5 to 10]", low=1,
                                  unit="epochs")
-    teacher_lr: float = option(0.03, "erasing", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
+    teacher_lr: float = option(0.03, "nad", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
                                low=0.0)
-    teacher_lr_schedule: str = option("demo", "erasing", "schedule of the teacher's learning rate",
+    teacher_lr_schedule: str = option("demo", "nad", "schedule of the teacher's learning rate",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
-    teacher_rho: float = option(0.0, "erasing", "radius of sharpness-aware minimisation in the teacher's fine-tuning, "
+    teacher_rho: float = option(0.0, "nad", "radius of sharpness-aware minimisation in the teacher's fine-tuning, "
                                                 "which makes it FT-SAM [2 in BackdoorBench]; 0: plain [paper]", low=0.0)
-    rounds: int = option(1, "erasing", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
+    rounds: int = option(1, "nad", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
                          low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
-    beta1: float = option(500.0, "erasing", "weight of the attention loss of the first layer [demo, search]",
+    beta1: float = option(500.0, "nad", "weight of the attention loss of the first layer [demo, search]",
                           low=0.0)
-    beta2: float = option(1000.0, "erasing", "weight of the attention loss of the second layer [demo, search]",
+    beta2: float = option(1000.0, "nad", "weight of the attention loss of the second layer [demo, search]",
                           low=0.0)
-    beta3: float = option(1000.0, "erasing", "weight of the attention loss of the third and any further layer [demo, "
+    beta3: float = option(1000.0, "nad", "weight of the attention loss of the third and any further layer [demo, "
                                             "search]", low=0.0)
-    p: float = option(2.0, "erasing", "power of the attention map [paper]", low=1.0, high=16.0)
-    attention: str = option("sum", "erasing", "attention map over channels of |F|^p [paper: sum]",
+    p: float = option(2.0, "attention", "power of the attention map [paper]", low=1.0, high=16.0)
+    attention: str = option("sum", "attention", "attention map over channels of |F|^p [paper: sum]",
                             choices=("sum", "mean", "max"))
-    at_loss: str = option("demo", "erasing", "distance of two maps: demo = mean of squares over batch and pixels; "
+    at_loss: str = option("demo", "attention", "distance of two maps: demo = mean of squares over batch and pixels; "
                                              "paper = l2 norm, mean over the batch (see at.py for the betas)",
                           choices=("demo", "paper"))
     held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on", low=0.0,
@@ -412,7 +412,8 @@ def read_config(path, cls, read_checkpoint):
     return stored
 
 
-GROUPS = ("data", "attack", "model", "training", "erasing", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
+GROUPS = ("data", "attack", "model", "training", "erasing", "finetune", "nad",
+          "attention", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
           "ibau", "ftsam", "strip", "picture", "grid", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 

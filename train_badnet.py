@@ -85,7 +85,7 @@ def train_in(team, config):
 
     journal = Journal(config, target, report) if team.first else None
     batches = Batches(poisoned_train, config.batch_size, make_augment(config), config.seed, "train_badnet",
-                      config.stamp, (team.rank, team.world))
+                      config.stamp, team.share(config.batch_size, len(train)))
     trained = trigger.network(model, train.n_classes).to(device) if trigger else model
     fit(team.joined(trained), trigger.loss if trigger else cross_entropy, batches, epochs=config.epochs, lr=config.lr,
         lr_schedule=config.lr_schedule, momentum=config.momentum, weight_decay=config.weight_decay, seed=config.seed,

@@ -30,9 +30,8 @@ def title(name):
 def without_unused(options):
     """The options of ``EraseConfig``, a dict, with those of other defenses than ``options["defense"]`` at their
     defaults."""
-    name = options["defense"]
-    used = {name.replace("_", " "), *getattr(get(name), "USES", ())}
-    others = {n.replace("_", " ") for n in NAMES} - used
+    uses = {n: {n.replace("_", " "), *getattr(get(n), "USES", ())} for n in NAMES}
+    others = set().union(*uses.values()) - uses[options["defense"]]
     unused = {f.name: f.default_factory() if f.type is list else f.default for f in fields(EraseConfig)
               if f.metadata["group"] in others}
     return {**options, **unused}

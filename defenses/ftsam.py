@@ -24,7 +24,8 @@ class SAMLoss:
     def __call__(self, model, images, labels):
         here, logits = cross_entropy(model, images, labels)
         names, weights = zip(*model.named_parameters(), strict=True)
-        grads = torch.autograd.grad(here, weights)
+        grads = torch.autograd.grad(here, weights, allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
         with torch.no_grad():
             sizes = [w.abs() for w in weights]
             norm = torch.stack([(t * g).square().sum() for t, g in zip(sizes, grads, strict=True)]).sum().sqrt() + 1e-12

@@ -17,6 +17,8 @@ from defenses.nad import make_teacher
 from utils.data import to_float
 from utils.engine import clone, fit
 
+USES = ("finetune",)
+
 
 def weights(model):
     return {name: p.detach() for name, p in model.named_parameters()}

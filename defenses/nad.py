@@ -19,6 +19,8 @@ from models import Features, feature_layers, needs_pixels, select_model
 from utils.data import to_float
 from utils.engine import clone, cross_entropy, fit
 
+USES = ("attention",)
+
 
 class NADLoss:
     """``loss(student, images, labels) -> (loss, logits)`` with the attention of ``teacher`` at ``layers``.

@@ -29,7 +29,7 @@ from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent,
 from utils.seeds import generator
 
 TITLE = "Neural Cleanse"
-USES = ("pruning",)
+USES = ("pruning", "finetune")
 
 SUCCESS, PATIENCE, RAISE = 0.99, 5, 1.5  # [paper's code]
 CHECK_EVERY = 10  # steps over which a success rate is taken

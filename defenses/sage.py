@@ -24,6 +24,8 @@ from models import Features, feature_layers, needs_pixels
 from utils.data import to_float
 from utils.engine import clone, fit
 
+USES = ("attention",)
+
 
 def rate_factor(losses, interval, rho):
     """The factor of the learning rate after epochs with ``losses``: 1, halved by C1 or C2 after each ``interval``."""

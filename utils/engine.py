@@ -175,7 +175,8 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     if compiled:
         runner = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
     for epoch in range(first, epochs):
-        torch.manual_seed(derive(seed, batches.name, "layers", epoch))  # dropout and the like
+        shared = [team.rank] if team and team.rank else []
+        torch.manual_seed(derive(seed, batches.name, "layers", epoch, *shared))  # dropout and the like
         start = time.perf_counter()
         model.train()
         for module in model.modules():

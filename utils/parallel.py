@@ -1,7 +1,7 @@
 """Training by several processes, each with a share of every batch: ``torchrun --nproc_per_node N train_badnet.py``.
 
 Gradients are averaged by DistributedDataParallel, and BatchNorm takes the statistics of the whole batch, so that the
-losses are those of one process but for rounding.
+losses are those of one process but for rounding (and for dropout and WaNet's noise, of which each has its own).
 """
 
 import os
@@ -22,12 +22,14 @@ class Team:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         if self.world == 1:
             return
-        if config.batch_size % self.world:
-            raise UserError(f"--batch_size {config.batch_size}: {self.world} processes share a batch; a multiple of "
-                            f"{self.world} is needed")
         if config.compile:
             raise UserError("--compile does not go with torchrun")
-        self.cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        if config.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device {config.device}: under torchrun it is auto, cpu or cuda, a GPU for each process")
+        self.cuda = config.device != "cpu" and torch.cuda.is_available()
+        if self.cuda and self.local >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, each takes "
+                            f"one process")
         if self.cuda:
             torch.cuda.set_device(self.local)
         dist.init_process_group("nccl" if self.cuda else "gloo")
@@ -40,8 +42,15 @@ class Team:
         return self.rank == 0
 
     def device(self, name):
-        """``name``, or this process's own GPU."""
-        return f"cuda:{self.local}" if self.world > 1 and self.cuda else name
+        """``name``, or under torchrun this process's own GPU, or the CPU."""
+        return name if self.world == 1 else f"cuda:{self.local}" if self.cuda else "cpu"
+
+    def share(self, batch_size, count):
+        """(rank, world) for batches of ``batch_size`` of ``count`` images; ``UserError`` if they cannot be cut."""
+        if min(batch_size, count) % self.world:
+            raise UserError(f"--batch_size {min(batch_size, count)}: {self.world} processes share a batch; a multiple "
+                            f"of {self.world} is needed")
+        return self.rank, self.world
 
     def from_first(self, value):
         """``value`` of the first process, in all of them."""

@@ -24,13 +24,16 @@ def locked(path):
 def run_script_apart(command, folder, cwd, retries):
     """Run ``command`` (a list) in ``cwd``, its output at the end of log.txt in ``folder``.
 
-    One that a signal killed is run again, up to ``retries`` times. It holds the folder's lock, also if this process
-    dies before it. Returns (exit code, negative for a signal; the last line of its output).
+    One that a signal killed is run again with --resume, up to ``retries`` times. It holds the folder's lock, also if
+    this process dies before it. Returns (exit code, negative for a signal; the last line of its output).
     """
     folder = Path(folder)
-    for _ in range(retries + 1):
+    for again in range(retries + 1):
         with locked(folder / "lock") as lock, open(folder / "log.txt", "a", encoding="utf-8") as out:
-            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
+            if not (folder / "config.json").exists():
+                return 0, ""  # while this process waited, another one finished the cell and cleaned up
+            code = subprocess.run([*command, *(["--resume"] if again else [])], cwd=cwd, stdout=out,
+                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                   pass_fds=(lock,) if os.name == "posix" else ()).returncode
         if code >= 0 or code == -signal.SIGINT:
             break
