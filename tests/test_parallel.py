@@ -53,6 +53,6 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    done = run(tmp_path, "--batch_size", "51", processes=2)
+    done = run(tmp_path, "--batch_size", "25", processes=2)
     assert done.returncode != 0
-    assert "--batch_size 51: 2 processes share a batch" in done.stderr
+    assert "--batch_size 25: 2 processes share a batch" in done.stderr
