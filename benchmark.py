@@ -186,7 +186,8 @@ def network_of(attack, options, out):
     network, if the options leave everything as it is. Raises ``UserError``."""
     name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
     config = TrainConfig(**{**attacks.PRESETS[name], **options, **changes})
-    if name in SHIPPED and not changes and not set(options) - set(MACHINE):
+    different = {k for k, v in options.items() if v != vars(TrainConfig())[k]} - set(MACHINE)
+    if name in SHIPPED and not changes and not different:
         config.checkpoint_root = f"weight/s_net/{SHIPPED[name]}".rstrip("/")
         path = student_file(config, config.checkpoint_root)
         if not path.exists():

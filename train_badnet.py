@@ -99,7 +99,8 @@ def train_in(team, config):
     poisons = trigger is not None and config.inject_portion > 0
     say("\n" + table({"backdoored" if poisons else "clean": metrics}) + "\n")
     journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
-                    "trigger": trigger.state() if trigger else {}}, metrics, "train_badnet.jsonl", train.source)
+                    "trigger": trigger.state() if trigger else {}}, metrics, "train_badnet.jsonl", train.source,
+                   processes=team.world)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def test_a_shipped_network_is_taken_if_it_is_what_it_should_be(workplace, option
         with pytest.raises(UserError, match=re.escape(text)):
             benchmark.network_of("BadNets", {}, Path("results"))
     else:
-        for given in ({}, {"device": "cpu"}):
+        for given in ({}, {"device": "cpu"}, {"dataset": "CIFAR10"}):
             assert benchmark.network_of("BadNets", given, Path("results")).config.checkpoint_root == "weight/s_net"
         trained = [benchmark.network_of(attack, given, Path("results")).config.checkpoint_root for attack, given in (
             ("BadNets", {"epochs": 3}), ("BadNets:epochs=3", {}), ("BadNets:epochs=3", {"threads": 7}))]

@@ -41,6 +41,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         assert done.stdout.count("epoch   3/3") == 1, "one of them reports"
         (record,) = [json.loads(line) for line in (folder / "results/train_badnet.jsonl").read_text().splitlines()]
         histories.append(record["history"])
+        assert record["processes"] == k
         path = Path("weight/s_net/shapes10/WRN-10-1-S-model_best.pth.tar")
         states.append(torch.load(folder / path, weights_only=True)["state_dict"])
     for k, (one, two) in enumerate(zip(*histories, strict=True)):  # a step an epoch; rounding grows from step to step
