@@ -399,7 +399,7 @@ def replaced(record):
 def draw(out):
     """A PNG of each setting in the results of ``out``."""
     plt, folder = pyplot(), out / "figures"
-    found = leaderboard.by_setting(results(out / "benchmark.jsonl"))
+    found = leaderboard.by_setting(r for r in results(out / "benchmark.jsonl") if not replaced(r))
     if not found:
         raise UserError(f"--figures: {out / 'benchmark.jsonl'} holds no results")
     check_writable(folder, "out")

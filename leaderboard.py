@@ -84,7 +84,7 @@ def draw(plt, name, records):
     down = -(-len(columns) // across)
     figure, panels = plt.subplots(down, across, squeeze=False, sharex=True, sharey=True, layout="constrained",
                                   figsize=(1.5 + 3 * across, 1 + 2.8 * down))
-    colours = plt.get_cmap("tab20")
+    colours = plt.get_cmap("tab10")
     for panel in panels.flat[len(columns):]:
         panel.set_axis_off()
     for panel, column in zip(panels.flat, columns, strict=False):
@@ -95,7 +95,7 @@ def draw(plt, name, records):
             x = [r["asr"] for r in runs]
             y = [before[column]["clean_acc"] - r["clean_acc"] for r in runs]
             panel.errorbar(statistics.mean(x), statistics.mean(y), statistics.pstdev(y), statistics.pstdev(x),
-                           fmt="os^Dv<>P*X"[k % 10], color=colours(k % 20), label=row.replace("`", ""), capsize=2)
+                           fmt="os^Dv<>P*Xph"[k % 12], color=colours(k % 10), label=row.replace("`", ""), capsize=2)
         panel.set(title=column, xlim=(-3, 103))
         panel.axhline(0, color="grey", linewidth=0.5)
     figure.supxlabel("ASR, percent")
