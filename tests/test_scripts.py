@@ -344,9 +344,9 @@ def test_main_killed_in_any_stage_goes_on_and_another_network_is_another_run(cop
 def test_a_kill_between_result_line_and_checkpoint_loses_and_doubles_nothing(workplace, monkeypatch):
     real = train_badnet.Journal.finish
 
-    def killed(self, *args):
+    def killed(self, *args, **more):
         monkeypatch.setattr("utils.run.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        real(self, *args)
+        real(self, *args, **more)
 
     monkeypatch.setattr(train_badnet.Journal, "finish", killed)
     assert train() == 130
