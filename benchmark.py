@@ -22,6 +22,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +37,9 @@ from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from leaderboard import SIX
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
-from utils.files import append_line, read_lines, write_atomically
+from utils.files import append_line, locked, read_lines, write_atomically
 from utils.plot import pyplot, save_figure
-from utils.processes import locked, run_script_apart
+from utils.processes import run_script_apart
 from utils.run import check_writable, run_script, say, start_of
 
 ROOT = Path(__file__).resolve().parent
@@ -203,7 +204,7 @@ def network_of(attack, options, out):
     return Cell(attack, "", config)
 
 
-def run_here(cell, _out, _opt):
+def run_here(cell):
     """Run the cell in this process, its output to log.txt in its folder. Returns its error or None."""
     threads = torch.get_num_threads()
     with open(cell.folder() / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -284,7 +285,7 @@ def failed(cell, error, out):
     text = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     append_line(out / "errors.jsonl", {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "cell": str(cell), "error": text,
-        "config": as_dict(cell.config), "log": str(Path(cell.config.log_root) / "log.txt")})
+        "config": as_dict(cell.config), "log": str(cell.folder() / "log.txt")})
     say(f"failed: {cell}: {text}")
 
 
@@ -296,7 +297,7 @@ def attempt(cell, run, opt, out):
             return UserError(f"{cell.config.s_model}: its network could not be trained")
         if not unfinished([cell], out):
             return None  # by another process, meanwhile
-        error = run(cell, out, opt) if collect(cell) is None else None
+        error = run(cell) if collect(cell) is None else None
         with locked(cell.folder() / "finish"):
             return error or (finish(cell, opt, out) if unfinished([cell], out) else None)
     except Exception as e:
@@ -305,17 +306,16 @@ def attempt(cell, run, opt, out):
 
 def run_all(cells, opt, out, bar):
     """Run ``cells``; writes a line for each. Returns those that failed."""
-    def here(cell, out, opt):
+    def here(cell):
         with locked(cell.folder() / "lock"):
-            return run_here(cell, out, opt) if collect(cell) is None and unfinished([cell], out) else None
+            return run_here(cell) if collect(cell) is None and unfinished([cell], out) else None
 
     workers, run = opt.jobs, here
     if opt.engine == "ray":
         on_ray, workers = ray_runner(opt), 1000
-        run = lambda cell, *_: run_apart(cell, opt.cpus_per_cell, opt.retries, on_ray)  # noqa: E731
+        run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray)
     elif opt.jobs > 1:
-        threads = torch.get_num_threads() // opt.jobs
-        run = lambda cell, *_: run_apart(cell, threads, opt.retries)  # noqa: E731
+        run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries)
     wrong = []
 
     def done(cell, error):

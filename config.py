@@ -33,6 +33,11 @@ def option(default, group, help, *, choices=None, low=None, high=None, unit=""):
     return field(default=default, metadata=meta)
 
 
+def default_of(f):
+    """The default of the field ``f``, a list of its own if it is one."""
+    return f.default_factory() if f.type is list else f.default
+
+
 DATASETS = ("CIFAR10", "CIFAR100", "MNIST", "GTSRB", "Imagenette", "shapes10", "folder")
 
 
@@ -436,7 +441,7 @@ def parse(cls, argv=None, read_checkpoint=None):
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
     for f in fields(cls):
         meta = f.metadata
-        default = f.default_factory() if f.type is list else f.default
+        default = default_of(f)
         shown = "none" if default in ("", []) else default
         text = f"{meta['help']}\n[{shown}{' ' + meta['unit'] if meta['unit'] else ''}]".replace("%", "%%")
         if meta["choices"]:
@@ -503,7 +508,7 @@ def command(config):
     words = [sys.argv[0]]
     for f in fields(config):
         value = getattr(config, f.name)
-        default = f.default_factory() if f.type is list else f.default
+        default = default_of(f)
         if value != default and f.name != "resume":
             words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
     return shlex.join(["python", *words])

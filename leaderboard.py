@@ -7,7 +7,7 @@ import re
 import statistics
 
 import defenses
-from config import DataConfig, EraseConfig, UserError
+from config import DataConfig, EraseConfig, UserError, default_of
 from utils.files import write_atomically
 
 NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every",
@@ -44,7 +44,7 @@ def changes(config):
     config, words = defenses.without_unused({**vars(EraseConfig()), **config}), []
     left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume", "device"}
     for name, f in EraseConfig.__dataclass_fields__.items():
-        value, default = config[name], f.default_factory() if f.type is list else f.default
+        value, default = config[name], default_of(f)
         if name not in left_out and value != default:
             words.append(f"`{name} {' '.join(value) if isinstance(value, list) else value}`")
     return words

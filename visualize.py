@@ -73,7 +73,7 @@ def triggers(config):
             say(f"note: {name} is left out: {e}")
     columns = -(-len(rows) // ROWS_A_COLUMN)
     figure, axes = plt.subplots(min(len(rows), ROWS_A_COLUMN), 3 * columns, squeeze=False,
-                                   figsize=(4.6 * columns, 1.42 * min(len(rows), ROWS_A_COLUMN) + 0.4))
+                                figsize=(4.6 * columns, 1.42 * min(len(rows), ROWS_A_COLUMN) + 0.4))
     for axis in axes.flat:
         axis.axis("off")
     for k, (name, stamped) in enumerate(rows):
@@ -147,7 +147,7 @@ def grid(config, subject, titles, draw, name, title):
     plt = pyplot()
     clean, stamped = examples(subject, config.images)
     figure, axes = plt.subplots(2 * len(clean), 1 + len(titles), squeeze=False, layout="constrained",
-                                   figsize=(1.35 * (1 + len(titles)), 1.4 * 2 * len(clean) + 0.5))
+                                figsize=(1.35 * (1 + len(titles)), 1.4 * 2 * len(clean) + 0.5))
     for k, row in enumerate(axes):
         image = (clean, stamped)[k % 2][k // 2]
         for axis in row:
@@ -238,9 +238,9 @@ def threshold(config):
         result = evaluate(pruned, subject.test, subject.poisoned_test, subject.aim)
         return result["clean_acc"], result["asr"]
 
+    raised = neural_cleanse.raised(model, layer, subject.clean.images, found, [0])
     for axis, norm in zip(axes, ("linf", "l2", "l1"), strict=True):
-        order = linf_pruning.raised(model, layer, subject.clean.images, found, norm).argsort(descending=True)
-        points = linf_pruning.sweep(model, layer, order, measure)
+        points = linf_pruning.sweep(model, layer, raised[norm].argsort(descending=True), measure)
         axis.plot([p[0] for p in points], [p[1] for p in points], label="ACC")
         axis.plot([p[0] for p in points], [p[2] for p in points], label="ASR")
         axis.set(xlabel=f"channels of {layer} pruned, {norm.replace('linf', 'l-inf')} norm", ylim=(0, 101))

@@ -13,8 +13,9 @@ from config import UserError
 
 @register("multiTrigger")
 class MultiTrigger(PatchTrigger):
-    uses = (*PatchTrigger.uses, "n_triggers")
     """Patches of random black and white pixels per channel: corners, centre, then the middles of the edges."""
+
+    uses = (*PatchTrigger.uses, "n_triggers")
 
     def draw(self, h, w):
         n, d, th, tw = self.opt.n_triggers, self.distance, self.trig_h, self.trig_w

@@ -28,6 +28,7 @@ def shape_mask(name, h, w):
 @register("shapeTrigger")
 class ShapeTrigger(PatchTrigger):
     uses = (*PatchTrigger.uses, "trig_shape")
+
     def draw(self, h, w):
         (row, col), = self.corners(h, w)
         self.fits(row, col, h, w)

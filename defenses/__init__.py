@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from dataclasses import fields
 
-from config import EraseConfig, UserError
+from config import EraseConfig, UserError, default_of
 
 NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
@@ -32,6 +32,5 @@ def without_unused(options):
     defaults."""
     uses = {n: {n.replace("_", " "), *getattr(get(n), "USES", ())} for n in NAMES}
     others = set().union(*uses.values()) - uses[options["defense"]]
-    unused = {f.name: f.default_factory() if f.type is list else f.default for f in fields(EraseConfig)
-              if f.metadata["group"] in others}
+    unused = {f.name: default_of(f) for f in fields(EraseConfig) if f.metadata["group"] in others}
     return {**options, **unused}

@@ -11,9 +11,9 @@ Nothing is trained.
 
 import torch
 
-from defenses.neural_cleanse import WORKS, Triggers, reversed_before, success
+from defenses.neural_cleanse import WORKS, Triggers, raised, reversed_before, success
 from defenses.pruning import check
-from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
+from utils.channels import accuracy, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "l-inf pruning"
@@ -25,11 +25,6 @@ def smallest(triggers):
     norms = torch.where(triggers.success >= WORKS, triggers.norms, triggers.norms + triggers.masks[0].numel())
     k = int(norms.argmin())
     return Triggers([triggers.labels[k]], *(getattr(triggers, n)[k:k + 1] for n in ("masks", "patterns", "success")))
-
-
-def raised(model, layer, images, trigger, norm="linf"):
-    """How much the first of ``trigger`` raises the ``norm`` of each channel of ``layer``, float32 ``(channels,)``."""
-    return channel_norms(model, layer, trigger.stamp(images, 0))[norm] - channel_norms(model, layer, images)[norm]
 
 
 def sweep(model, layer, order, measure):
@@ -52,11 +47,11 @@ def erase(model, clean_data, config, progress=None, trigger=None):
     rest, held = split_off(clean_data, config.held_out, config.seed)
     trigger = trigger or smallest(reversed_before(model, clean_data, config, progress))
     layer = last_layer(model, rest.images, config.prune_layer)
-    order = raised(model, layer, rest.images, trigger, config.linf_norm).argsort(descending=True)
+    order = raised(model, layer, rest.images, trigger, [0])[config.linf_norm].argsort(descending=True)
     points = sweep(model, layer, order, lambda m: (accuracy(m, held), success(m, held, trigger, 0)))
     model = clone(model).eval()
     zero_channels(model, layer, order[:choose(points, config.linf_drop)])
     return model
 
 
-__all__ = ["check", "choose", "erase", "raised", "smallest", "sweep"]
+__all__ = ["check", "choose", "erase", "smallest", "sweep"]

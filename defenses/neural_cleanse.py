@@ -188,13 +188,20 @@ def success(model, data, triggers, k):
     return percent(predict(model, triggers.stamp(data.images[there], k)) == triggers.labels[k])
 
 
+def raised(model, layer, images, triggers, which):
+    """How much the triggers number ``which`` raise the norms of each channel of ``layer`` at most: a dict as
+    ``channel_norms`` gives it, float32 ``(channels,)`` each."""
+    clean = channel_norms(model, layer, images)
+    stamped = [channel_norms(model, layer, triggers.stamp(images, k)) for k in which]
+    return {norm: torch.stack([s[norm] - before for s in stamped]).amax(0) for norm, before in clean.items()}
+
+
 def prune(model, clean_data, config, triggers, which):
     """Switch off the channels that the triggers raise most, until they fail (success < 5%) or accuracy drops."""
     rest, held = split_off(clean_data, config.held_out, config.seed)
     layer = last_layer(model, rest.images, config.prune_layer)
-    clean = channel_norms(model, layer, rest.images)["l1"]
-    raised = torch.stack([channel_norms(model, layer, triggers.stamp(rest.images, k))["l1"] - clean for k in which])
-    order, floor = raised.amax(0).argsort(descending=True), accuracy(model, held) - config.prune_drop
+    order = raised(model, layer, rest.images, triggers, which)["l1"].argsort(descending=True)
+    floor = accuracy(model, held) - config.prune_drop
     for k, pruned in pruned_gradually(model, layer, order):
         if k and accuracy(pruned, held) < floor:
             break

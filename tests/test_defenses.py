@@ -193,7 +193,7 @@ def test_linf_pruning_prunes_the_planted_channel():
     data.labels[:20] = torch.arange(20) % 10  # every class is there
     trigger = neural_cleanse.Triggers([3], torch.zeros(1, 1, 16, 16), torch.ones(1, 3, 16, 16), torch.ones(1))
     trigger.masks[0, 0, -1, -1] = 1
-    assert linf_pruning.raised(model, "conv", data.images, trigger).argmax() == 7
+    assert neural_cleanse.raised(model, "conv", data.images, trigger, [0])["linf"].argmax() == 7
     assert neural_cleanse.success(model, data, trigger, 0) == 100
     erased = linf_pruning.erase(model, data, short(linf_drop=100.0, held_out=0.5), trigger=trigger)
     assert (erased.conv.weight[7] == 0).all()

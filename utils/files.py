@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows: processes that write to the same file have to be kept apart by hand
     fcntl = None
 
 NOTED = set()  # lines that were complained about
@@ -45,6 +45,15 @@ def umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Wait for the lock file ``path``, hold it, and give its descriptor."""
+    with open(path, "ab") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
 
 
 def append_line(path, record):

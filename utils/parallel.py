@@ -67,12 +67,10 @@ class Team:
         return tensor
 
     def spread(self, model):
-        """``model`` as it is trained: its BatchNorm joined and its gradients averaged over the processes."""
+        """``model`` as it is trained: its gradients averaged over the processes."""
         if self.world == 1:
             return model
-        if self.cuda:
-            return nn.parallel.DistributedDataParallel(model, device_ids=[self.local])
-        return nn.parallel.DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.local] if self.cuda else None)
 
     def joined(self, model):
         """``model`` with BatchNorm layers that look at whole batches, under the same names."""
@@ -100,9 +98,9 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             wide, count = x.float(), x.numel() // x.shape[1] * dist.get_world_size()
-            mean = summed(wide.sum((0, 2, 3))) / count  # (C,)
+            mean = Sum.apply(wide.sum((0, 2, 3))) / count  # (C,)
             off = wide - mean[:, None, None]
-            var = summed(off.square().sum((0, 2, 3))) / count
+            var = Sum.apply(off.square().sum((0, 2, 3))) / count
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
@@ -111,12 +109,9 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             return (off * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def summed(tensor):
-    """The sum of ``tensor`` over the processes; its gradient flows into all of them."""
-    return Sum.apply(tensor)
-
-
 class Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; its gradient flows into all of them."""
+
     @staticmethod
     def forward(ctx, tensor):
         total = tensor.clone()
@@ -125,6 +120,4 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return Sum.apply(grad)

@@ -1,24 +1,11 @@
 """One run of a script in a process of its own. The standard library only, so that a Ray worker need not load torch."""
 
-import contextlib
 import os
 import signal
 import subprocess
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on the same grid have to be kept apart by hand
-    fcntl = None
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Wait for the lock file ``path``, hold it, and give its descriptor."""
-    with open(path, "a", encoding="utf-8") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+from utils.files import locked
 
 
 def run_script_apart(command, folder, cwd, retries):

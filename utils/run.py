@@ -74,8 +74,8 @@ def identity(config):
 
 
 def decisive(config):
-    """The same without what may change when a run goes on."""
-    return {k: v for k, v in identity(config).items() if k != "threads"}
+    """What is left of ``config``, a dict from ``identity``, without what may change when a run goes on."""
+    return {k: v for k, v in config.items() if k != "threads"}
 
 
 def start_of(config):
@@ -109,7 +109,8 @@ class Journal(TerminalProgress):
     def __init__(self, config, target, on_epoch=None):
         self.config, self.target, self.on_epoch = config, Path(target), on_epoch
         self.inputs = start_of(config)
-        key = hashlib.sha256(json.dumps([decisive(config), self.inputs], sort_keys=True).encode()).hexdigest()[:10]
+        what = json.dumps([decisive(identity(config)), self.inputs], sort_keys=True)
+        key = hashlib.sha256(what.encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
         self.history, self.run_id, self.reused = [], secrets.token_hex(8), 0.0
         self.resumed = False
@@ -179,7 +180,7 @@ def finished(config, target):
         return False
     try:
         stored = load_checkpoint(target)
-        return ({k: v for k, v in stored.get("config", {}).items() if k != "threads"} == decisive(config)
+        return (decisive(stored.get("config", {})) == decisive(identity(config))
                 and stored.get("inputs") == start_of(config))
     except UserError:
         return False
