@@ -29,10 +29,8 @@ from utils.seeds import derive
 def main(config):
     """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
     team = Team(config)
-    try:
-        train_in(team, config)
-    finally:
-        team.close()
+    train_in(team, config)
+    team.close()
 
 
 def train_in(team, config):
@@ -47,26 +45,28 @@ def train_in(team, config):
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
-    train, test = load_data(config, True).to(device), load_data(config, False).to(device)
-    trigger, poisoned_train, poisoned_test, parts, aim, about = None, train, None, {}, None, "no trigger"
-    if config.trigger_type != "none":
-        start = time.perf_counter()
-        trigger = attacks.make_trigger(config, train.shape)
-        trigger.see(train.images)
-        if not trigger.joint:
-            poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
-            about = f"{len(poisoned_train.poisoned)} poisoned"
-            about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
-        elif config.stamp == "before" or config.compile or team.world > 1:
-            raise UserError(f"--trigger_type {config.trigger_type}: its trigger is part of the training step: neither "
-                            f"--stamp before nor --compile nor torchrun goes with it")
-        else:
-            about = f"{config.inject_portion:.0%} of each batch poisoned"
-        poisoned_test, parts = backdoor_tests(config, test, trigger)
-        aim = None if config.target_type in ("all2all", "multiLabel") else config.target_label
-        about += f" ({config.trigger_type}, {config.target_type})"
-        if time.perf_counter() - start > 1:
-            say(f"the attack was prepared in {time.perf_counter() - start:.1f} s")
+    trigger, poisoned_test, parts, aim, about = None, None, {}, None, "no trigger"
+    with team.in_turn():
+        train, test = load_data(config, True).to(device), load_data(config, False).to(device)
+        poisoned_train = train
+        if config.trigger_type != "none":
+            start = time.perf_counter()
+            trigger = attacks.make_trigger(config, train.shape)
+            trigger.see(train.images)
+            if not trigger.joint:
+                poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
+                about = f"{len(poisoned_train.poisoned)} poisoned"
+                about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
+            elif config.stamp == "before" or config.compile or team.world > 1:
+                raise UserError(f"--trigger_type {config.trigger_type}: its trigger is part of the training step: "
+                                f"neither --stamp before nor --compile nor torchrun goes with it")
+            else:
+                about = f"{config.inject_portion:.0%} of each batch poisoned"
+            poisoned_test, parts = backdoor_tests(config, test, trigger)
+            aim = None if config.target_type in ("all2all", "multiLabel") else config.target_label
+            about += f" ({config.trigger_type}, {config.target_type})"
+            if time.perf_counter() - start > 1:
+                say(f"the attack was prepared in {time.perf_counter() - start:.1f} s")
     torch.manual_seed(derive(config.seed, "weights"))
     model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
                          image_size=train.shape[1], normalize=config.normalize).to(device)

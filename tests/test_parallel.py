@@ -57,3 +57,10 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = run(tmp_path, "--batch_size", "25", processes=2)
     assert done.returncode != 0
     assert "--batch_size 25: 2 processes share a batch" in done.stderr
+
+
+def test_an_error_ends_all_processes_with_its_line(tmp_path):
+    done = run(tmp_path, "--dataset", "folder", "--data_root", "nowhere", processes=2)
+    assert done.returncode != 0
+    assert "train_badnet.py: error: " in done.stderr
+    assert "nowhere" in done.stderr

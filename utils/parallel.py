@@ -4,14 +4,19 @@ Gradients are averaged by DistributedDataParallel, and BatchNorm takes the stati
 losses are those of one process but for rounding (and for dropout and WaNet's noise, of which each has its own).
 """
 
+import contextlib
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from config import UserError
+
+
+PATIENCE = timedelta(hours=2)  # with the first process, which downloads and prepares while the others wait
 
 
 class Team:
@@ -32,7 +37,7 @@ class Team:
                             f"one process")
         if self.cuda:
             torch.cuda.set_device(self.local)
-        dist.init_process_group("nccl" if self.cuda else "gloo")
+        dist.init_process_group("nccl" if self.cuda else "gloo", timeout=PATIENCE)
         if not self.first:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for as long as it lives
 
@@ -51,6 +56,15 @@ class Team:
             raise UserError(f"--batch_size {min(batch_size, count)}: {self.world} processes share a batch; a multiple "
                             f"of {self.world} is needed")
         return self.rank, self.world
+
+    @contextlib.contextmanager
+    def in_turn(self):
+        """What is done here the first process does before the others, who find the files that it left."""
+        if not self.first:
+            dist.barrier()
+        yield
+        if self.first and self.world > 1:
+            dist.barrier()
 
     def from_first(self, value):
         """``value`` of the first process, in all of them."""
@@ -86,6 +100,7 @@ class Team:
         return model
 
     def close(self):
+        """At the end of a run that went well; after an error torchrun ends the processes that still wait."""
         if self.world > 1:
             dist.destroy_process_group()
 
