@@ -205,6 +205,7 @@ class EraseConfig(SubjectConfig):
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
     teacher_rho: float = option(0.0, "nad", "radius of sharpness-aware minimisation in the teacher's fine-tuning, "
                                                 "which makes it FT-SAM [2 in BackdoorBench]; 0: plain [paper]", low=0.0)
+    student_rho: float = option(0.0, "nad", "the same for the student's training", low=0.0)
     rounds: int = option(1, "nad", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
                          low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")

@@ -1,13 +1,18 @@
-"""How fast it is, against the usual way, in one run: medians of interleaved rounds on this machine.
+"""How fast it is, against the usual way and the machine's limits, in one run: medians of interleaved rounds.
 
     python speed.py                                 # CIFAR-10, WRN-16-1
     python speed.py --dataset shapes10 --rounds 3
+    python speed.py --profile                       # the operations that take the most time in a training step
 
 The usual way, written plainly below: PIL images through torchvision transforms, a DataLoader with two workers, float32
 in NCHW memory. This project's way: uint8 tensors on the device, augmentation on whole batches, channels-last memory,
-bf16 where the hardware computes it. Both train the same network on the same poisoned images with SGD; the erasing step
-has the NAD loss. Prints images per second and their ratio, and where the memory and the first seconds go; writes
-nothing.
+bf16 where the hardware computes it; then compiled (with CUDA graphs on a GPU), and several networks at once, stacked by
+``torch.func.vmap``, which share one launch of each kernel. All train the same network on the same poisoned images with
+SGD; the erasing step has the NAD loss.
+
+The limit is what one network could reach if nothing but arithmetic or memory counted: FLOPs by
+``torch.utils.flop_counter``, bytes as three times (forward, and two products backward) what the layers read and write
+in one forward pass; ceilings are a large matrix product and a copy, measured here. Writes nothing.
 """
 
 import argparse
@@ -19,8 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import attacks
 from config import EraseConfig, TrainConfig, UserError
@@ -70,30 +78,62 @@ def own_batches(data, batch_size, config):
         epoch += 1
 
 
+def network(device, channels_last, seed=0):
+    """A new WRN-16-1 in training mode."""
+    torch.manual_seed(seed)
+    model = select_model("CIFAR10", "WRN-16-1").to(device).train()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
 class Runner:
     """A network that trains on ``stream`` with ``loss``; ``seconds(n)`` times ``n`` steps."""
 
-    def __init__(self, stream, loss, amp, channels_last, device):
-        torch.manual_seed(0)
-        self.model = select_model("CIFAR10", "WRN-16-1").to(device)
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        self.model.train()
-        self.stream, self.loss, self.amp, self.device = stream, loss, amp, device
+    networks = 1
+
+    def __init__(self, stream, loss, amp, channels_last, device, compiled=False):
+        self.model = network(device, channels_last)
         self.optimizer = make_optimizer(self.model, 0.05, 0.9, 5e-4)
+        if compiled:
+            self.model = torch.compile(self.model, mode="reduce-overhead" if device.type == "cuda" else None)
+        self.stream, self.loss, self.amp, self.device = stream, loss, amp, device
+
+    def step(self):
+        images, labels = next(self.stream)
+        with autocast(self.device, self.amp):
+            value, _ = self.loss(self.model, images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
 
     def seconds(self, steps):
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
-            images, labels = next(self.stream)
-            with autocast(self.device, self.amp):
-                value, _ = self.loss(self.model, images, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            self.optimizer.step()
+            self.step()
         synchronize(self.device)
         return time.perf_counter() - start
+
+
+class Together(Runner):
+    """``networks`` networks, stacked, that train with cross-entropy in the same kernels, each on batches of its own."""
+
+    def __init__(self, stream, amp, device, networks):
+        models = [network(device, False, seed) for seed in range(networks)]
+        self.weights, self.buffers = stack_module_state(models)
+        self.optimizer = torch.optim.SGD(self.weights.values(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
+        self.skeleton, self.networks = models[0], networks
+        self.stream, self.amp, self.device = stream, amp, device
+
+    def step(self):
+        def loss(weights, buffers, images, labels):
+            with autocast(self.device, self.amp):
+                return F.cross_entropy(functional_call(self.skeleton, (weights, buffers), (images,)), labels)
+
+        images, labels = map(torch.stack, zip(*(next(self.stream) for _ in range(self.networks)), strict=True))
+        grads = vmap(grad(loss), randomness="different")(self.weights, self.buffers, images, labels)
+        for name, weight in self.weights.items():
+            weight.grad = grads[name]
+        self.optimizer.step()
 
 
 def synchronize(device):
@@ -109,17 +149,81 @@ def teacher_loss(device, channels_last):
     return NADLoss(teacher, teacher.feature_layers, [500.0, 1000.0, 1000.0])
 
 
-def compare(name, usual, own, batch_size, steps, rounds):
-    """Time both in turns, ``rounds`` times after one to warm up, and print medians."""
-    times = {"usual": [], "own": []}
+def traffic(model, images):
+    """Bytes that the layers of ``model`` read and write in a forward pass of ``images``, their weights included."""
+    total = 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        tensors = [*inputs, output, *module.parameters()]
+        total += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def best_time(function, device, times=5):
+    """Seconds of the fastest of some calls."""
+    found = []
+    for _ in range(times):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def limit(loss, amp, device, batch_size):
+    """Images a second that a training step with ``loss`` could reach here, and a text on how that comes about."""
+    model, images = network(device, True), torch.rand(batch_size, 3, 32, 32, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter, autocast(device, amp):
+        loss(model, images, labels)[0].backward()
+    flops = counter.get_total_flops() / batch_size
+    with autocast(device, amp):
+        data = 3 * traffic(model, images) / batch_size
+    n = 8192 if device.type == "cuda" else 2048
+    square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if amp else torch.float32)
+    arithmetic = 2 * n**3 / best_time(lambda: square @ square, device)
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    copied = torch.empty_like(source)
+    memory = 2 * len(source) / best_time(lambda: copied.copy_(source), device)
+    text = (f"{flops / 1e6:.0f} MFLOP and {data / 1e6:.1f} MB an image; this machine: {arithmetic / 1e12:.2f} TFLOP/s, "
+            f"{memory / 1e9:.0f} GB/s; so at most {arithmetic / flops:,.0f} and {memory / data:,.0f} images a second")
+    return min(arithmetic / flops, memory / data), text
+
+
+def compare(name, runners, batch_size, steps, rounds, most):
+    """Time ``runners``, {name: Runner}, in turns, ``rounds`` times after one to warm up, and print medians; the first
+    is what the others are compared with, ``most`` the limit."""
+    rates = {which: [] for which in runners}
     for k in range(rounds + 1):
-        for which, runner in (("usual", usual), ("own", own)):
+        for which, runner in runners.items():
             seconds = runner.seconds(steps)
             if k:
-                times[which].append(batch_size * steps / seconds)
-    usual_rate, own_rate = (statistics.median(times[w]) for w in ("usual", "own"))
-    ratio = statistics.median(b / a for a, b in zip(times["usual"], times["own"], strict=True))
-    print(f"{name:<24}{usual_rate:12,.0f}{own_rate:12,.0f}{ratio:9.2f}x", flush=True)
+                rates[which].append(batch_size * steps * runner.networks / seconds)
+    first = next(iter(rates.values()))
+    print(f"\n{name:<24}{'images/s':>12}{'ratio':>9}{'of limit':>10}")
+    for which, found in rates.items():
+        rate = statistics.median(found)
+        ratio = statistics.median(b / a for a, b in zip(first, found, strict=True))
+        print(f"{which:<24}{rate:12,.0f}{ratio:8.2f}x{rate / most:10.0%}", flush=True)
+
+
+def profile(runner, steps):
+    """Print the operations on which ``steps`` steps of ``runner`` spend their time."""
+    runner.seconds(2)
+    cuda = runner.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=kinds) as found:
+        runner.seconds(steps)
+    print(found.key_averages().table(sort_by=f"self_{'device' if cuda else 'cpu'}_time_total", row_limit=15,
+                                     max_name_column_width=50))
 
 
 def own_process(code):
@@ -177,6 +281,8 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15, help="steps a round")
+    parser.add_argument("--networks", type=int, default=4, help="networks that are trained at once, in one version")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes, only")
     args = parser.parse_args(argv)
     config = TrainConfig(dataset=args.dataset)
     erase = EraseConfig(dataset=args.dataset)
@@ -200,15 +306,28 @@ def main(argv=None):
     print(f"train_badnet.py, start to first step: {own_process(FIRST_STEP.format(**names))[0]:.1f} s")
     print(f"main.py, peak memory: {own_process(TWO_EPOCHS.format(**names))[1]:.2f} GiB\n")
 
-    print(f"{'images per second':<24}{'usual':>12}{'own':>12}{'ratio':>10}")
     b = config.batch_size
-    compare("training step", Runner(usual_batches(poisoned, b, device), cross_entropy, False, False, device),
-            Runner(own_batches(poisoned, b, config), cross_entropy, amp, True, device), b, args.steps, args.rounds)
+
+    def own(**more):
+        return Runner(own_batches(poisoned, b, config), cross_entropy, amp, True, device, **more)
+
+    if args.profile:
+        return profile(own(), args.steps)
+    most, text = limit(cross_entropy, amp, device, b)
+    print(f"training step: {text}")
+    compare("training step", {
+        "usual": Runner(usual_batches(poisoned, b, device), cross_entropy, False, False, device),
+        "own": own(), "own, compiled": own(compiled=True),
+        f"own, {args.networks} networks": Together(own_batches(poisoned, b, config), amp, device, args.networks),
+    }, b, args.steps, args.rounds, most)
     clean, b = DatasetCL(erase, train), erase.batch_size
-    compare("erasing step (NAD)", Runner(usual_batches(clean, b, device), teacher_loss(device, False), False, False,
-                                         device),
-            Runner(own_batches(clean, b, erase), teacher_loss(device, True), amp, True, device), b, args.steps,
-            args.rounds)
+    most, text = limit(teacher_loss(device, True), amp, device, b)
+    print(f"\nerasing step (NAD): {text}")
+    compare("erasing step (NAD)", {
+        "usual": Runner(usual_batches(clean, b, device), teacher_loss(device, False), False, False, device),
+        "own": Runner(own_batches(clean, b, erase), teacher_loss(device, True), amp, True, device),
+    }, b, args.steps, args.rounds, most)
+    return None
 
 
 if __name__ == "__main__":

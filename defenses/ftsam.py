@@ -15,14 +15,27 @@ from utils.engine import clone, cross_entropy, fit
 TITLE = "FT-SAM"
 
 
-class SAMLoss:
-    """``loss(model, images, labels) -> (loss, logits)``: cross-entropy at the worst weights within ``rho``."""
+class Moved:
+    """``model`` with other ``weights`` and buffers, {name: tensor}, for one loss; all else is the model's own."""
 
-    def __init__(self, rho):
-        self.rho = rho
+    def __init__(self, model, weights):
+        self.model, self.weights = model, weights
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, images):
+        return functional_call(self.model, self.weights, (images,))
+
+
+class SAMLoss:
+    """``loss(model, images, labels) -> (loss, logits)``: another such ``loss`` at the worst weights within ``rho``."""
+
+    def __init__(self, rho, loss=cross_entropy):
+        self.rho, self.loss = rho, loss
 
     def __call__(self, model, images, labels):
-        here, logits = cross_entropy(model, images, labels)
+        here, logits = self.loss(model, images, labels)
         names, weights = zip(*model.named_parameters(), strict=True)
         grads = torch.autograd.grad(here, weights, allow_unused=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
@@ -32,7 +45,7 @@ class SAMLoss:
             moves = [self.rho * t.square() * g / norm for t, g in zip(sizes, grads, strict=True)]
         there = {name: w + e for name, w, e in zip(names, weights, moves, strict=True)}
         there.update({name: b.clone() for name, b in model.named_buffers()})  # so that statistics are followed once
-        return torch.nn.functional.cross_entropy(functional_call(model, there, (images,)), labels), logits
+        return self.loss(Moved(model, there), images, labels)[0], logits
 
 
 def erase(model, clean_data, config, progress=None):

@@ -103,8 +103,10 @@ def erase(model, clean_data, config, progress=None, teacher=None):
         check(model, clean_data, config)
         teacher = make_teacher(model, clean_data, config, progress)
     for k in range(config.rounds):
+        loss = make_loss(model, teacher, config)
         # the batches of fine-tuning, so that what differs between the two is the distillation alone
-        teacher = fit(clone(model), make_loss(model, teacher, config), clean_batches(clean_data, config, "finetune"),
-                      epochs=config.epochs, lr=config.lr, lr_schedule=config.lr_schedule,
-                      stage=f"nad {k + 1}" if k else "nad", progress=progress, **recipe(model, config))
+        teacher = fit(clone(model), SAMLoss(config.student_rho, loss) if config.student_rho else loss,
+                      clean_batches(clean_data, config, "finetune"), epochs=config.epochs, lr=config.lr,
+                      lr_schedule=config.lr_schedule, stage=f"nad {k + 1}" if k else "nad", progress=progress,
+                      **recipe(model, config))
     return teacher

@@ -222,6 +222,24 @@ def test_a_sharpness_aware_teacher():
     assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in aware.state_dict().items())
 
 
+def test_a_sharpness_aware_student_has_the_loss_of_nad_at_the_worst_weights():
+    model, teacher, images, labels = network(), network(1), toy().images[:8] / 255.0, toy().labels[:8]
+    loss = nad.NADLoss(teacher, ["block1", "block3"], [50.0, 100.0])
+    here, _ = loss(model, images, labels)
+    grads = torch.autograd.grad(here, list(model.parameters()))
+    moved = clone(model)
+    norm = sum((w.abs() * g).square().sum() for w, g in zip(model.parameters(), grads, strict=True)).sqrt()
+    with torch.no_grad():
+        for w, g in zip(moved.parameters(), grads, strict=True):
+            w += 0.5 * w.square() * g / norm
+    expected, _ = loss(moved, images, labels)
+    found, _ = ftsam.SAMLoss(0.5, loss)(model, images, labels)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() > here.item() + 1e-3
+    erased = [nad.erase(network(), toy(), short(student_rho=rho), teacher=teacher).state_dict() for rho in (0.0, 2.0)]
+    assert not torch.equal(erased[0]["conv1.weight"], erased[1]["conv1.weight"])
+
+
 def test_rounds_take_the_student_before_as_teacher(monkeypatch):
     model, data, teachers = network(), toy(), []
     monkeypatch.setattr(nad, "make_loss", lambda m, t, c, own=nad.make_loss: teachers.append(t) or own(m, t, c))

@@ -15,7 +15,6 @@ from torch import nn
 
 from config import UserError
 
-
 PATIENCE = timedelta(hours=2)  # with the first process, which downloads and prepares while the others wait
 
 
