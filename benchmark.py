@@ -114,9 +114,7 @@ def what_counts(stored, files):
 
     Options that are newer than ``stored`` have their default there.
     """
-    cls = TrainConfig if stored["script"] == "TrainConfig" else EraseConfig
-    options = {**as_dict(cls()), **stored}
-    options = {**options, **attacks.without_unused(options)} if cls is TrainConfig else defenses.without_unused(options)
+    options = leaderboard.options_today(stored)
     counted = {k: v for k, v in options.items() if k not in (*leaderboard.NOT_IN_KEY, "s_model", "resume")}
     return json.dumps([VERSION, counted, options["seed"], {k: v for k, v in files.items() if v}], sort_keys=True)
 

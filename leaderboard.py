@@ -6,8 +6,9 @@ Lines are put together if they differ in the seed only; of lines with the same c
 import re
 import statistics
 
+import attacks
 import defenses
-from config import DataConfig, EraseConfig, UserError, default_of
+from config import DataConfig, EraseConfig, TrainConfig, UserError, as_dict, default_of
 from utils.files import write_atomically
 
 NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every",
@@ -37,6 +38,19 @@ def spread(values, digits=2):
     if len(set(values)) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def options_today(stored):
+    """The options of a run, from its stored configuration, a dict: those that it is older than, and those of attacks
+    and defenses that it does not use, have today's defaults."""
+    cls = TrainConfig if stored["script"] == "TrainConfig" else EraseConfig
+    options = {**as_dict(cls()), **stored}
+    return {**options, **attacks.without_unused(options)} if cls is TrainConfig else defenses.without_unused(options)
+
+
+def score(record):
+    """Of a line of search.py: points of accuracy lost + mean attack success rate."""
+    return record["before"]["acc"] - record["metrics"]["acc"] + statistics.mean(record["metrics"]["asr"])
 
 
 def changes(config):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import attacks
 import leaderboard
-from config import AttackConfig, EraseConfig, TrainConfig, UserError, as_dict, command, weight_root
-from leaderboard import NOT_IN_KEY, spread, write_into
+from config import AttackConfig, EraseConfig, TrainConfig, UserError, command, weight_root
+from leaderboard import NOT_IN_KEY, score, spread, write_into
 from utils.files import read_lines
 
 ROOT = Path(__file__).parent
@@ -26,12 +26,9 @@ COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
 
 def settled(record):
     """``record`` with every option of today in its configuration, options that it is older than at their defaults."""
-    cls = TrainConfig if record["config"]["script"] == "TrainConfig" else EraseConfig
-    config = {**as_dict(cls()), **record["config"]}
-    if cls is TrainConfig:
-        config.update(attacks.without_unused(config))
+    config = leaderboard.options_today(record["config"])
     attack = record.get("attack", {name: config[name] for name in AttackConfig.__dataclass_fields__})
-    if cls is EraseConfig and "attack" not in record and config["trigger_type"] == "gridTrigger":
+    if config["script"] == "EraseConfig" and "attack" not in record and config["trigger_type"] == "gridTrigger":
         config["trigger_type"] = "auto"  # which names the same attack
     return {**record, "config": config, "attack": attack}
 
@@ -171,9 +168,6 @@ def attack_table(records):
 
 def render_search(records, best=5):
     """The best recipes of each defense that search.py measured."""
-    def score(r):
-        return r["before"]["acc"] - r["metrics"]["acc"] + statistics.mean(r["metrics"]["asr"])
-
     out = [f"{len(records)} recipes; the {best} best of each kind:", "",
            "| network trained with | | score | held-out ACC | mean surrogate ASR | values that were searched |",
            "|---|---|---|---|---|---|"]

@@ -29,6 +29,7 @@ import torch
 import defenses
 from config import EraseConfig, TrainConfig, UserError, as_dict, convert
 from data_loader import DatasetCL, load_data, stratified
+from leaderboard import score
 from models import select_model
 from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint
 from utils.data import Batches, TensorData, make_augment
@@ -169,11 +170,6 @@ class Bench:
         return self.measure(defenses.get(config.defense).erase(self.model, clean, config, **extra))
 
 
-def score(record):
-    """Points of accuracy lost + mean attack success rate."""
-    return record["before"]["acc"] - record["metrics"]["acc"] + statistics.mean(record["metrics"]["asr"])
-
-
 def show():
     """Print all recipes that were tried, best first."""
     records = sorted(read_lines(RESULTS), key=score)
@@ -209,14 +205,15 @@ def main(argv=None):
     bench = Bench(args.surrogate)
     say(f"surrogate network: {bench.before}; results go to {RESULTS}")
     defaults = as_dict(EraseConfig())  # of options that are newer than a line
-    done = [(defenses.without_unused({**defaults, **r["config"]}), r["hash"]) for r in read_lines(RESULTS)]
+    done = [(defenses.without_unused({**defaults, **r["config"], "beside": False}), r["hash"])
+            for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
         changes = dict(recipe)
         scale = changes.pop("beta_scale", None)
         if args.defense == "finetune" and "lr" in changes:
             changes["ft_lr"] = changes["lr"]
-        config = replace(EraseConfig(seed=SEED, defense=args.defense), **changes)
+        config = replace(EraseConfig(seed=SEED, defense=args.defense, beside=False), **changes)
         if scale is not None:
             config = replace(config, beta1=500 * scale, beta2=1000 * scale, beta3=1000 * scale)
         if (defenses.without_unused(as_dict(config)), bench.hash) in done:

@@ -28,9 +28,10 @@ def title(name):
 
 
 def without_unused(options):
-    """The options of ``EraseConfig``, a dict, with those of other defenses than ``options["defense"]`` at their
-    defaults."""
+    """The options of ``EraseConfig``, a dict, with those of other defenses than ``options["defense"]``, and than
+    fine-tuning if that is measured beside, at their defaults."""
     uses = {n: {n.replace("_", " "), *getattr(get(n), "USES", ())} for n in NAMES}
-    others = set().union(*uses.values()) - uses[options["defense"]]
+    own = uses[options["defense"]] | (uses["finetune"] if options["beside"] else set())
+    others = set().union(*uses.values()) - own
     unused = {f.name: default_of(f) for f in fields(EraseConfig) if f.metadata["group"] in others}
     return {**options, **unused}

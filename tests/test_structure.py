@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "utils": {"config", "utils", "models"},
     "attacks": {"config", "attacks", "models", "utils"},
     "strip": {"utils"},
-    "leaderboard": {"config", "defenses", "utils"},
+    "leaderboard": {"config", "attacks", "defenses", "utils"},
     "cam": {"models"},
     "subject": {"config", "attacks", "data_loader", "models", "utils"},
     "data_loader": {"config", "attacks", "utils", "shapes10"},
