@@ -41,6 +41,8 @@ from utils.devices import choose_device, use_bf16
 from utils.engine import autocast, cross_entropy
 from utils.optim import make_optimizer
 
+IMAGE = (3, 32, 32)
+
 
 class PlainImages(Dataset):
     """PIL images, poisoned beforehand, through torchvision transforms one by one."""
@@ -178,27 +180,37 @@ def best_time(function, device, times=5):
     return min(found)
 
 
-def limit(loss, amp, device, batch_size):
-    """Images a second that a training step with ``loss`` could reach here, and a text on how that comes about."""
-    model, images = network(device, True), torch.rand(batch_size, 3, 32, 32, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-    with FlopCounterMode(display=False) as counter, autocast(device, amp):
+def cost(model, loss, images, labels, amp):
+    """(FLOPs, bytes) of a training step of ``model`` with ``loss``, an image."""
+    with FlopCounterMode(display=False) as counter, autocast(images.device, amp):
         loss(model, images, labels)[0].backward()
-    flops = counter.get_total_flops() / batch_size
-    with autocast(device, amp):
-        data = 3 * traffic(model, images) / batch_size
+    with autocast(images.device, amp):
+        data = 3 * traffic(model, images)
+    return counter.get_total_flops() / len(images), data / len(images)
+
+
+def ceilings(amp, device):
+    """(FLOPs, bytes) a second that ``device`` reaches: in a large matrix product, in a copy."""
     n = 8192 if device.type == "cuda" else 2048
     square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if amp else torch.float32)
-    arithmetic = 2 * n**3 / best_time(lambda: square @ square, device)
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     copied = torch.empty_like(source)
-    memory = 2 * len(source) / best_time(lambda: copied.copy_(source), device)
-    text = (f"{flops / 1e6:.0f} MFLOP and {data / 1e6:.1f} MB an image; this machine: {arithmetic / 1e12:.2f} TFLOP/s, "
-            f"{memory / 1e9:.0f} GB/s; so at most {arithmetic / flops:,.0f} and {memory / data:,.0f} images a second")
-    return min(arithmetic / flops, memory / data), text
+    return (2 * n**3 / best_time(lambda: square @ square, device),
+            2 * len(source) / best_time(lambda: copied.copy_(source), device))
 
 
-def compare(name, runners, batch_size, steps, rounds, most):
+def limit(name, loss, amp, device, batch_size, most):
+    """Images a second that a training step with ``loss`` could reach with the ceilings ``most``; prints how."""
+    images = torch.rand(batch_size, *IMAGE, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    flops, data = cost(network(device, True), loss, images, labels, amp)
+    rates = most[0] / flops, most[1] / data
+    print(f"\n{name}: {flops / 1e6:.0f} MFLOP and {data / 1e6:.1f} MB an image, so at most {rates[0]:,.0f} images a "
+          f"second by arithmetic, {rates[1]:,.0f} by memory")
+    return min(rates)
+
+
+def compare(runners, batch_size, steps, rounds, most):
     """Time ``runners``, {name: Runner}, in turns, ``rounds`` times after one to warm up, and print medians; the first
     is what the others are compared with, ``most`` the limit."""
     rates = {which: [] for which in runners}
@@ -208,7 +220,7 @@ def compare(name, runners, batch_size, steps, rounds, most):
             if k:
                 rates[which].append(batch_size * steps * runner.networks / seconds)
     first = next(iter(rates.values()))
-    print(f"\n{name:<24}{'images/s':>12}{'ratio':>9}{'of limit':>10}")
+    print(f"{'images per second':<24}{'':>12}{'ratio':>9}{'of limit':>10}")
     for which, found in rates.items():
         rate = statistics.median(found)
         ratio = statistics.median(b / a for a, b in zip(first, found, strict=True))
@@ -289,7 +301,14 @@ def main(argv=None):
     device = choose_device(args.device)
     amp = use_bf16("auto", device)
     print(f"{device}, {torch.get_num_threads()} threads, {'bf16' if amp else 'float32'}, torch {versions()['torch']}")
-    load_data(config, True)
+    b = config.batch_size
+    train = load_data(config, True).to(device)
+
+    def own(**more):
+        return Runner(own_batches(DatasetBD(config, train), b, config), cross_entropy, amp, True, device, **more)
+
+    if args.profile:
+        return profile(own(), args.steps)
     start = time.perf_counter()
     train = load_data(config, True).to(device)
     print(f"training set from the cache: {time.perf_counter() - start:.2f} s")
@@ -306,27 +325,18 @@ def main(argv=None):
     print(f"train_badnet.py, start to first step: {own_process(FIRST_STEP.format(**names))[0]:.1f} s")
     print(f"main.py, peak memory: {own_process(TWO_EPOCHS.format(**names))[1]:.2f} GiB\n")
 
-    b = config.batch_size
-
-    def own(**more):
-        return Runner(own_batches(poisoned, b, config), cross_entropy, amp, True, device, **more)
-
-    if args.profile:
-        return profile(own(), args.steps)
-    most, text = limit(cross_entropy, amp, device, b)
-    print(f"training step: {text}")
-    compare("training step", {
-        "usual": Runner(usual_batches(poisoned, b, device), cross_entropy, False, False, device),
-        "own": own(), "own, compiled": own(compiled=True),
-        f"own, {args.networks} networks": Together(own_batches(poisoned, b, config), amp, device, args.networks),
-    }, b, args.steps, args.rounds, most)
+    found = ceilings(amp, device)
+    print(f"ceilings: {found[0] / 1e12:.2f} TFLOP/s in a matrix product, {found[1] / 1e9:.0f} GB/s in a copy")
+    most = limit("training step", cross_entropy, amp, device, b, found)
+    compare({"usual": Runner(usual_batches(poisoned, b, device), cross_entropy, False, False, device),
+             "own": own(), "own, compiled": own(compiled=True),
+             f"own, {args.networks} at once": Together(own_batches(poisoned, b, config), amp, device, args.networks)},
+            b, args.steps, args.rounds, most)
     clean, b = DatasetCL(erase, train), erase.batch_size
-    most, text = limit(teacher_loss(device, True), amp, device, b)
-    print(f"\nerasing step (NAD): {text}")
-    compare("erasing step (NAD)", {
-        "usual": Runner(usual_batches(clean, b, device), teacher_loss(device, False), False, False, device),
-        "own": Runner(own_batches(clean, b, erase), teacher_loss(device, True), amp, True, device),
-    }, b, args.steps, args.rounds, most)
+    most = limit("erasing step (NAD)", teacher_loss(device, True), amp, device, b, found)
+    compare({"usual": Runner(usual_batches(clean, b, device), teacher_loss(device, False), False, False, device),
+             "own": Runner(own_batches(clean, b, erase), teacher_loss(device, True), amp, True, device)},
+            b, args.steps, args.rounds, most)
     return None
 
 
