@@ -18,6 +18,7 @@ import itertools
 import json
 import shutil
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,7 +38,7 @@ from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from leaderboard import SIX
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
-from utils.files import append_line, locked, read_lines, write_atomically
+from utils.files import append_line, is_locked, locked, read_lines, write_atomically
 from utils.plot import pyplot, save_figure
 from utils.processes import run_script_apart
 from utils.run import check_writable, run_script, say, start_of
@@ -287,6 +288,15 @@ def failed(cell, error, out):
     say(f"failed: {cell}: {text}")
 
 
+def busy(cell, out):
+    """Whether another process runs the cell."""
+    try:
+        cell.settle(out)
+        return is_locked(cell.folder() / "lock")
+    except OSError:
+        return False  # ``attempt`` will say what is wrong
+
+
 def attempt(cell, run, opt, out):
     """Run the cell unless it is finished, in whatever process. Returns its error or None."""
     try:
@@ -303,7 +313,7 @@ def attempt(cell, run, opt, out):
 
 
 def run_all(cells, opt, out, bar):
-    """Run ``cells``; writes a line for each. Returns those that failed."""
+    """Run ``cells``; writes a line for each. Returns those that failed. Those that other processes run come last."""
     def here(cell):
         with locked(cell.folder() / "lock"):
             return run_here(cell) if collect(cell) is None and unfinished([cell], out) else None
@@ -314,7 +324,13 @@ def run_all(cells, opt, out, bar):
         run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray)
     elif opt.jobs > 1:
         run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries)
-    wrong = []
+    wrong, left, taking = [], list(cells), threading.Lock()
+
+    def run_next():
+        with taking:
+            cell = next((c for c in left if not busy(c, out)), left[0])
+            left.remove(cell)
+        return cell, attempt(cell, run, opt, out)
 
     def done(cell, error):
         if error is not None:
@@ -324,14 +340,13 @@ def run_all(cells, opt, out, bar):
         bar.update()
 
     if workers == 1:
-        for cell in cells:
-            done(cell, attempt(cell, run, opt, out))
+        for _ in cells:
+            done(*run_next())
         return wrong
     pool = ThreadPoolExecutor(min(workers, max(1, len(cells))))
     try:
-        waiting = {pool.submit(attempt, cell, run, opt, out): cell for cell in cells}
-        for future in as_completed(waiting):
-            done(waiting[future], future.result())
+        for future in as_completed([pool.submit(run_next) for _ in cells]):
+            done(*future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return wrong

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import start
 from PIL import Image
+from tqdm import tqdm
 
 import benchmark
 import leaderboard
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from utils import processes
 from utils.checkpoint import save_checkpoint
-from utils.files import append_line, read_lines
+from utils.files import append_line, locked, read_lines
 from utils.run import run_script
 
 TINY = ["--attacks", "BadNets", "--datasets", "shapes10", "--models", "WRN-10-1", "--options", "train_size=300",
@@ -249,6 +250,19 @@ def test_two_benchmarks_beside_each_other_count_no_cell_twice(workplace):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+
+
+def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
+    network = tmp_path / "s.tar"
+    network.touch()
+    made = [benchmark.Cell("BadNets", "clp", EraseConfig(seed=s, defense="clp", s_model=str(network))) for s in (1, 2)]
+    order = []
+    monkeypatch.setattr(benchmark, "attempt", lambda cell, *_args: order.append(cell.config.seed))
+    made[0].settle(tmp_path)
+    with locked(made[0].folder() / "lock"), tqdm(disable=True) as bar:
+        assert benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar) == []
+    assert benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar) == []
+    assert order == [2, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("options", "text"), [

@@ -56,6 +56,17 @@ def locked(path):
         yield file.fileno()
 
 
+def is_locked(path):
+    """Whether another one holds the lock file ``path``."""
+    with open(path, "ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def append_line(path, record):
     """Append ``record`` as one line of JSON to ``path``, whole or not at all, safe beside other processes.
 
