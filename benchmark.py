@@ -18,9 +18,9 @@ import itertools
 import json
 import shutil
 import sys
-import threading
 import time
 import traceback
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from functools import partial
@@ -38,7 +38,7 @@ from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from leaderboard import SIX
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
-from utils.files import append_line, is_locked, locked, read_lines, write_atomically
+from utils.files import append_line, locked, read_lines, write_atomically
 from utils.plot import pyplot, save_figure
 from utils.processes import run_script_apart
 from utils.run import check_writable, run_script, say, start_of
@@ -50,6 +50,7 @@ SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in [*
 MACHINE = ("device", "threads", "amp")  # options that do not make another network
 FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
+BUSY = "another process runs it"
 PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
     "smoke": [{"attacks": ["BadNets", "Blend"], "defenses": ["finetune", "nad", "pruning"], "seeds": ["1"],
                "options": ["dataset=shapes10", "train_size=15000", "test_size=2000", "s_name=WRN-10-1"],
@@ -220,13 +221,15 @@ def run_here(cell):
     return None
 
 
-def run_apart(cell, threads, retries, run=run_script_apart):
+def run_apart(cell, wait, threads, retries, run=run_script_apart):
     """Run the cell in a process of its own; one that is killed is started again, and goes on. Its error or None."""
     path = cell.folder().resolve() / "config.json"
     write_atomically(path, lambda f: f.write(json.dumps(as_dict(cell.config)).encode()))
     command = [sys.executable, str(ROOT / ("main.py" if cell.defense else "train_badnet.py")), "--config", str(path),
                "--threads", str(cell.config.threads or max(1, int(threads)))]
-    code, last = run(command, path.parent, Path.cwd(), retries)
+    code, last = run(command, path.parent, Path.cwd(), retries, wait)
+    if code is None:
+        return BUSY
     if code == 130:
         raise KeyboardInterrupt
     return UserError(last if code > 0 and last else f"its process was killed by signal {-code}") if code else None
@@ -288,17 +291,8 @@ def failed(cell, error, out):
     say(f"failed: {cell}: {text}")
 
 
-def busy(cell, out):
-    """Whether another process runs the cell."""
-    try:
-        cell.settle(out)
-        return is_locked(cell.folder() / "lock")
-    except OSError:
-        return False  # ``attempt`` will say what is wrong
-
-
 def attempt(cell, run, opt, out):
-    """Run the cell unless it is finished, in whatever process. Returns its error or None."""
+    """Run the cell unless it is finished, in whatever process. Returns its error, None, or ``BUSY``."""
     try:
         cell.settle(out)
         if cell.defense and not Path(cell.config.s_model).exists():
@@ -306,6 +300,8 @@ def attempt(cell, run, opt, out):
         if not unfinished([cell], out):
             return None  # by another process, meanwhile
         error = run(cell) if collect(cell) is None else None
+        if error is BUSY:
+            return BUSY
         with locked(cell.folder() / "finish"):
             return error or (finish(cell, opt, out) if unfinished([cell], out) else None)
     except Exception as e:
@@ -314,8 +310,10 @@ def attempt(cell, run, opt, out):
 
 def run_all(cells, opt, out, bar):
     """Run ``cells``; writes a line for each. Returns those that failed. Those that other processes run come last."""
-    def here(cell):
-        with locked(cell.folder() / "lock"):
+    def here(cell, wait):
+        with locked(cell.folder() / "lock", wait) as lock:
+            if lock is None:
+                return BUSY
             return run_here(cell) if collect(cell) is None and unfinished([cell], out) else None
 
     workers, run = opt.jobs, here
@@ -324,13 +322,15 @@ def run_all(cells, opt, out, bar):
         run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray)
     elif opt.jobs > 1:
         run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries)
-    wrong, left, taking = [], list(cells), threading.Lock()
+    wrong, left = [], deque((cell, False) for cell in cells)
 
     def run_next():
-        with taking:
-            cell = next((c for c in left if not busy(c, out)), left[0])
-            left.remove(cell)
-        return cell, attempt(cell, run, opt, out)
+        while True:
+            cell, wait = left.popleft()
+            error = attempt(cell, partial(run, wait=wait), opt, out)
+            if error is not BUSY:
+                return cell, error
+            left.append((cell, True))  # all others first
 
     def done(cell, error):
         if error is not None:

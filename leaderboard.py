@@ -41,8 +41,8 @@ def spread(values, digits=2):
 
 
 def options_today(stored):
-    """The options of a run, from its stored configuration, a dict: those that it is older than, and those of attacks
-    and defenses that it does not use, have today's defaults."""
+    """The options of a run, from its stored configuration, a dict: those that it is older than, and those of other
+    triggers or defenses than it trains with, have today's defaults."""
     cls = TrainConfig if stored["script"] == "TrainConfig" else EraseConfig
     options = {**as_dict(cls()), **stored}
     return {**options, **attacks.without_unused(options)} if cls is TrainConfig else defenses.without_unused(options)

@@ -34,10 +34,11 @@ def settled(record):
 
 
 def groups(records):
-    """Lists of records that differ in their seed only, in the order of their first appearance."""
+    """Lists of records with the same rows that differ in their seed only, in the order of their first appearance."""
     found = {}
     for r in map(settled, records):
-        key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"]])
+        key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"],
+                    list(r["metrics"])])
         found.setdefault(key, {})[r["config"]["seed"]] = r
     return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
 

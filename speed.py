@@ -10,9 +10,10 @@ bf16 where the hardware computes it; then compiled (with CUDA graphs on a GPU), 
 ``torch.func.vmap``, which share one launch of each kernel. All train the same network on the same poisoned images with
 SGD; the erasing step has the NAD loss.
 
-The limit is what one network could reach if nothing but arithmetic or memory counted: FLOPs by
-``torch.utils.flop_counter``, bytes as three times (forward, and two products backward) what the layers read and write
-in one forward pass; ceilings are a large matrix product and a copy, measured here. Writes nothing.
+The limit is what one network could reach if nothing counted but arithmetic, or memory for layers that run one by one:
+FLOPs by ``torch.utils.flop_counter``; bytes as three times (forward, and two products backward) what a network that
+learns reads and writes in its layers in one forward pass, once for a teacher; ceilings are a large matrix product and
+a copy through main memory, measured here. Caches and fused layers can go beyond the second. Writes no results.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +44,7 @@ from utils.engine import autocast, cross_entropy
 from utils.optim import make_optimizer
 
 IMAGE = (3, 32, 32)
+PREFETCHED = 4  # batches of the usual way's DataLoader: two for each of two workers
 
 
 class PlainImages(Dataset):
@@ -108,12 +111,22 @@ class Runner:
         self.optimizer.step()
 
     def seconds(self, steps):
+        for _ in range(PREFETCHED):  # so that nobody lives on what its workers put by while others were timed
+            self.step()
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
         synchronize(self.device)
         return time.perf_counter() - start
+
+
+class WideBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that computes in float32 also under vmap, which does not do that by itself."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float()).to(x.dtype)
 
 
 class Together(Runner):
@@ -124,6 +137,9 @@ class Together(Runner):
         self.weights, self.buffers = stack_module_state(models)
         self.optimizer = torch.optim.SGD(self.weights.values(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
         self.skeleton, self.networks = models[0], networks
+        for module in self.skeleton.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = WideBatchNorm2d
         self.stream, self.amp, self.device = stream, amp, device
 
     def step(self):
@@ -139,8 +155,8 @@ class Together(Runner):
 
 
 def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def teacher_loss(device, channels_last):
@@ -181,11 +197,11 @@ def best_time(function, device, times=5):
 
 
 def cost(model, loss, images, labels, amp):
-    """(FLOPs, bytes) of a training step of ``model`` with ``loss``, an image."""
+    """(FLOPs, bytes) of a training step of ``model`` with ``loss``, which may have a teacher, an image."""
     with FlopCounterMode(display=False) as counter, autocast(images.device, amp):
         loss(model, images, labels)[0].backward()
     with autocast(images.device, amp):
-        data = 3 * traffic(model, images)
+        data = 3 * traffic(model, images) + (traffic(loss.teacher, images) if hasattr(loss, "teacher") else 0)
     return counter.get_total_flops() / len(images), data / len(images)
 
 
@@ -193,8 +209,8 @@ def ceilings(amp, device):
     """(FLOPs, bytes) a second that ``device`` reaches: in a large matrix product, in a copy."""
     n = 8192 if device.type == "cuda" else 2048
     square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if amp else torch.float32)
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
-    copied = torch.empty_like(source)
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    copied = torch.zeros_like(source)
     return (2 * n**3 / best_time(lambda: square @ square, device),
             2 * len(source) / best_time(lambda: copied.copy_(source), device))
 
@@ -205,20 +221,24 @@ def limit(name, loss, amp, device, batch_size, most):
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)
     flops, data = cost(network(device, True), loss, images, labels, amp)
     rates = most[0] / flops, most[1] / data
-    print(f"\n{name}: {flops / 1e6:.0f} MFLOP and {data / 1e6:.1f} MB an image, so at most {rates[0]:,.0f} images a "
-          f"second by arithmetic, {rates[1]:,.0f} by memory")
+    print(f"\n{name}: {flops / 1e6:.0f} MFLOP and {data / 1e6:.1f} MB an image, so {rates[0]:,.0f} images a second "
+          f"by arithmetic, {rates[1]:,.0f} by memory")
     return min(rates)
 
 
 def compare(runners, batch_size, steps, rounds, most):
     """Time ``runners``, {name: Runner}, in turns, ``rounds`` times after one to warm up, and print medians; the first
-    is what the others are compared with, ``most`` the limit."""
+    is what the others are compared with, ``most`` the limit. One that fails in its first round is left out."""
     rates = {which: [] for which in runners}
-    for k in range(rounds + 1):
-        for which, runner in runners.items():
-            seconds = runner.seconds(steps)
-            if k:
-                rates[which].append(batch_size * steps * runner.networks / seconds)
+    for which, runner in runners.items():
+        try:
+            runner.seconds(steps)
+        except Exception as e:  # no compiler, say
+            print(f"{which}: not available: {(str(e).strip().splitlines() or [type(e).__name__])[-1]}")
+            del rates[which]
+    for _ in range(rounds):
+        for which, found in rates.items():
+            found.append(batch_size * steps * runners[which].networks / runners[which].seconds(steps))
     first = next(iter(rates.values()))
     print(f"{'images per second':<24}{'':>12}{'ratio':>9}{'of limit':>10}")
     for which, found in rates.items():

@@ -35,6 +35,7 @@ def main(config):
 
 def train_in(team, config):
     """The same as one process of ``team``; the first one measures, reports and writes."""
+    team.share(config.batch_size, config.batch_size)  # refused here if it cannot be, not after all preparations
     device = choose_device(team.device(config.device))
     amp = use_bf16(config.amp, device)
     target = student_file(config, config.checkpoint_root)

@@ -35,7 +35,8 @@ class SAMLoss:
         self.rho, self.loss = rho, loss
 
     def __call__(self, model, images, labels):
-        here, logits = self.loss(model, images, labels)
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):  # dropout draws the same in both passes
+            here, logits = self.loss(model, images, labels)
         names, weights = zip(*model.named_parameters(), strict=True)
         grads = torch.autograd.grad(here, weights, allow_unused=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]

@@ -5,7 +5,7 @@
     rounds:   from the second on (``--rounds``), the student of the round before is the teacher of a new student
 
 The attention-transfer loss AT is in ``at.py``. The teacher is frozen, in eval mode, and runs without gradient; student
-and teacher see the same augmented images, once a step each.
+and teacher see the same augmented images, once a step each (twice with ``--student_rho``).
 """
 
 import torch

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -256,13 +257,20 @@ def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
     network = tmp_path / "s.tar"
     network.touch()
     made = [benchmark.Cell("BadNets", "clp", EraseConfig(seed=s, defense="clp", s_model=str(network))) for s in (1, 2)]
-    order = []
-    monkeypatch.setattr(benchmark, "attempt", lambda cell, *_args: order.append(cell.config.seed))
     made[0].settle(tmp_path)
-    with locked(made[0].folder() / "lock"), tqdm(disable=True) as bar:
-        assert benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar) == []
-    assert benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar) == []
-    assert order == [2, 1, 1, 2]
+    order, other = [], contextlib.ExitStack()
+    other.enter_context(locked(made[0].folder() / "lock"))
+    command = [sys.executable, "-c", "raise SystemExit(5)"]
+    assert processes.run_script_apart(command, made[0].folder(), tmp_path, 0, wait=False) == (None, "")
+
+    def run_here(cell):
+        order.append(cell.config.seed)
+        other.close()  # the other one is done as soon as the second cell runs
+
+    monkeypatch.setattr(benchmark, "run_here", run_here)
+    with tqdm(disable=True) as bar:
+        assert len(benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar)) == 2, "they left no results"
+    assert order == [2, 1]
 
 
 @pytest.mark.parametrize(("options", "text"), [

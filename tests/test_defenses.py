@@ -360,6 +360,18 @@ def test_ftsam_without_a_radius_is_fine_tuning_and_follows_batchnorm_once():
     assert sam["bn1.num_batches_tracked"] == tuned["bn1.num_batches_tracked"] == 8
 
 
+def test_ftsam_without_a_radius_has_the_gradient_of_the_plain_loss_with_dropout_too():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(12, 3))
+    images, labels = torch.rand(6, 3, 2, 2), torch.arange(6) % 3
+    grads = []
+    for loss in (cross_entropy, ftsam.SAMLoss(0.0)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        loss(model, images, labels)[0].backward()
+        grads.append(model[2].weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-6)
+
+
 def test_ftsam_moves_the_weights_by_the_closed_form():
     model = nn.Linear(1, 2, bias=False)
     model.weight.data = torch.tensor([[0.5], [-2.0]])

@@ -59,6 +59,26 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "--batch_size 25: 2 processes share a batch" in done.stderr
 
 
+def test_the_first_process_prepares_while_the_others_wait(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from config import TrainConfig
+from utils.parallel import Team
+team, made = Team(TrainConfig(device="cpu")), pathlib.Path("made")
+with team.in_turn():
+    found = made.exists()
+    time.sleep(0 if found else 1)
+    made.touch()
+pathlib.Path(str(team.rank)).write_text(str(found))
+team.close()
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    subprocess.run([*launch, str(script)], cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["False", "True"]
+
+
 def test_an_error_ends_all_processes_with_its_line(tmp_path):
     done = run(tmp_path, "--dataset", "folder", "--data_root", "nowhere", processes=2)
     assert done.returncode != 0

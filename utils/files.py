@@ -48,23 +48,16 @@ def umask():
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Wait for the lock file ``path``, hold it, and give its descriptor."""
-    with open(path, "ab") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
-
-
-def is_locked(path):
-    """Whether another one holds the lock file ``path``."""
+def locked(path, wait=True):
+    """Hold the lock file ``path`` and give its descriptor; if another one holds it, wait, or give None."""
     with open(path, "ab") as file:
         try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            return True
-    return False
+            yield None
+        else:
+            yield file.fileno()
 
 
 def append_line(path, record):

@@ -15,7 +15,7 @@ from torch import nn
 
 from config import UserError
 
-PATIENCE = timedelta(hours=2)  # with the first process, which downloads and prepares while the others wait
+PATIENCE = timedelta(hours=2)  # with a process that downloads and prepares while the others wait
 
 
 class Team:
@@ -36,7 +36,8 @@ class Team:
                             f"one process")
         if self.cuda:
             torch.cuda.set_device(self.local)
-        dist.init_process_group("nccl" if self.cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if self.cuda else "gloo")
+        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         if not self.first:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for as long as it lives
 
@@ -58,12 +59,12 @@ class Team:
 
     @contextlib.contextmanager
     def in_turn(self):
-        """What is done here the first process does before the others, who find the files that it left."""
-        if not self.first:
-            dist.barrier()
+        """What is done here each machine's first process does before the others, who find the files that it left."""
+        if self.local:
+            dist.barrier(self.patient)
         yield
-        if self.first and self.world > 1:
-            dist.barrier()
+        if self.world > 1 and not self.local:
+            dist.barrier(self.patient)
 
     def from_first(self, value):
         """``value`` of the first process, in all of them."""
