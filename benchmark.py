@@ -236,7 +236,8 @@ def run_apart(cell, wait, threads, retries, run=run_script_apart):
 
 
 def ray_runner(opt):
-    """What ``run_apart`` needs to run a process as a task of a Ray cluster whose machines share this folder."""
+    """(run, stop): ``run`` is what ``run_apart`` needs to run a process as a task of a Ray cluster whose machines share
+    this folder; ``stop`` ends those tasks that are not done."""
     try:
         import ray
     except ImportError:
@@ -247,12 +248,20 @@ def ray_runner(opt):
     task = ray.remote(run_script_apart).options(num_cpus=opt.cpus_per_cell, num_gpus=opt.gpus_per_cell,
                                                 max_retries=opt.retries)
 
+    tasks = []
+
     def run(*args):
+        own = task.remote(*args)
+        tasks.append(own)
         try:
-            return ray.get(task.remote(*args))
+            return ray.get(own)
         except ray.exceptions.RayError as e:
             return 1, f"Ray: {str(e).splitlines()[0]}"
-    return run
+
+    def stop():
+        for found in tasks:
+            ray.cancel(found)
+    return run, stop
 
 
 def collect(cell):
@@ -316,9 +325,9 @@ def run_all(cells, opt, out, bar):
                 return BUSY
             return run_here(cell) if collect(cell) is None and unfinished([cell], out) else None
 
-    workers, run = opt.jobs, here
+    workers, run, stop = opt.jobs, here, lambda: None
     if opt.engine == "ray":
-        on_ray, workers = ray_runner(opt), 1000
+        (on_ray, stop), workers = ray_runner(opt), 1000
         run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray)
     elif opt.jobs > 1:
         run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries)
@@ -349,6 +358,7 @@ def run_all(cells, opt, out, bar):
             done(*future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        stop()
     return wrong
 
 

@@ -126,6 +126,17 @@ def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypat
     assert not Path("results/errors.jsonl").exists()
 
 
+def scripts_in(folder, names=("/main.py", "/train_badnet.py")):
+    """The processes that run one of the scripts ``names`` in ``folder``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_text().split("\0")
+            if str(folder) in " ".join(words) and any(w.endswith(names) for w in words):
+                found.append(int(path.parent.name))
+    return found
+
+
 def test_on_ray_with_a_process_that_is_killed(workplace):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2", "--engine",
@@ -133,17 +144,30 @@ def test_on_ray_with_a_process_that_is_killed(workplace):
     killed = False
     while process.poll() is None and not killed:
         time.sleep(0.05)
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = path.read_text().split("\0")
-                if str(workplace) in " ".join(words) and any(w.endswith("/main.py") for w in words):
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-                    killed = True
-                    break
+        for pid in scripts_in(workplace, "/main.py")[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed = True
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert killed
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+
+
+def test_ctrl_c_ends_what_runs_on_ray(workplace):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    process = start(workplace, "benchmark.py", *TINY, "--train_options", "epochs=10000", "--defenses", "clp", "--seeds",
+                    "1", "--engine", "ray")
+    while not (running := scripts_in(workplace)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    end = time.time() + 30
+    while set(running) & set(scripts_in(workplace)):
+        assert time.time() < end, "a run is left behind"
+        time.sleep(0.1)
 
 
 def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
