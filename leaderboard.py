@@ -93,7 +93,7 @@ def render(records):
 
 def draw(plt, name, records):
     """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack."""
-    rows, columns, before, _ = arranged(records)
+    rows, columns, before, _, long = arranged(records)
     across = min(4, len(columns))
     down = -(-len(columns) // across)
     figure, panels = plt.subplots(down, across, squeeze=False, sharex=True, sharey=True, layout="constrained",
@@ -112,8 +112,9 @@ def draw(plt, name, records):
                            fmt="os^Dv<>P*Xph"[k % 12], color=colours(k % 10), label=row.replace("`", ""), capsize=2)
         panel.set(title=column, xlim=(-3, 103))
         panel.axhline(0, color="grey", linewidth=0.5)
-    figure.supxlabel("ASR, percent")
-    figure.supylabel("points of ACC lost")
+    figure.supxlabel("\n".join(["ASR, percent", *(f"{row}: {options.strip('`')}" for row, options in long.items())]),
+                     fontsize=8)
+    figure.supylabel("points of ACC lost", fontsize=8)
     figure.suptitle(f"{name}: the best is at the lower left", fontsize=10)
     found = {}
     for panel in panels.flat:
@@ -136,20 +137,27 @@ def columns_of(records):
 
 
 def arranged(records):
-    """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share)."""
-    rows, columns, before = {}, columns_of(records), {}
+    """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share, {row: its
+    options} of rows with too many options for their name)."""
+    rows, columns, before, long = {}, columns_of(records), {}, {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
         column = columns[r["inputs"]["s_model"]]
-        row = ", ".join([defenses.title(r["config"]["defense"]), *(c for c in changes(r["config"]) if c not in shared)])
+        title, own = defenses.title(r["config"]["defense"]), [c for c in changes(r["config"]) if c not in shared]
+        row = ", ".join([title, *own])
+        if len(own) > 2:
+            options = f"`{' '.join('--' + c.strip('`') for c in own)}`"
+            row = next((name for name, found in long.items() if (name.startswith(title), found) == (True, options)),
+                       f"{title} [{'abcdefghijklmnopqrstuvwxyz'[len(long) % 26]}]")
+            long[row] = options
         rows.setdefault(row, {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
-    return rows, list(columns.values()), before, shared
+    return rows, list(columns.values()), before, shared, long
 
 
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
-    rows, columns, before, shared = arranged(records)
+    rows, columns, before, shared, long = arranged(records)
     seeds = [len(found) for row in rows.values() for found in row.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
@@ -171,6 +179,7 @@ def block(name, records):
                              + (beside(runs[0]["config"]["defense"], a) if plain else ""))
             out.append(f"| {row} | {' | '.join(cells)} |")
         out.append("")
+    out += [f"{row}: {options}\n" for row, options in long.items()]
     if reported:
         out[-1:] = ["", "In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% "
                     "clean), another network and other implementations.", ""]
@@ -183,7 +192,8 @@ def outcome(record):
 
 
 def summary(rows, columns, before):
-    """Means over the attacks: those of the paper if all six are there, and all of them."""
+    """Means over the attacks, those of the paper if all six are there and all of them, for rows that have the same
+    seeds for each attack; deviations are over the seeds."""
     sets = [(f"{len(columns)} attacks", columns)]
     if set(SIX) < set(columns):
         sets.insert(0, ("the paper's six", list(SIX)))
@@ -195,10 +205,14 @@ def summary(rows, columns, before):
             if any(a not in found for a in chosen):
                 cells += ["", ""]
                 continue
-            lost = [before[a]["clean_acc"] - statistics.mean(outcome(r)["clean_acc"] for r in found[a].values())
-                    for a in chosen]
-            asr = [statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in chosen]
-            cells += [f"{statistics.mean(lost):.2f}", f"{statistics.mean(asr):.2f}"]
+            seeds = set.intersection(*(set(found[a]) for a in chosen))
+            if all(set(found[a]) == seeds for a in chosen):
+                lost, asr = ([statistics.mean(measure(a, found[a][s]) for a in chosen) for s in sorted(seeds)]
+                             for measure in (lambda a, r: before[a]["clean_acc"] - outcome(r)["clean_acc"],
+                                             lambda a, r: outcome(r)["asr"]))
+                cells += [spread(lost), spread(asr)]
+            else:
+                cells += ["", ""]
         seconds = [s for runs in found.values() for r in runs.values() if not r.get("resumed")
                    for s in r["defense_seconds"].values()]
         out.append(f"| {row} | {' | '.join(cells)} | {statistics.median(seconds) if seconds else float('nan'):.0f} |")

@@ -215,18 +215,21 @@ def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **cha
 
 def test_leaderboard_by_hand(workplace, monkeypatch):
     runs = [line(1, 2.0, ratio=0.1), line(2, 3.0, ratio=0.1), line(2, 4.0, ratio=0.1), line(1, 9.0, ratio=0.1, p=4.0),
-            line(1, 5.0, "clp", "Blend", 81.0, ratio=0.1), line(1, 6.0, attack="Blend", ratio=0.1)]
+            line(1, 5.0, "clp", "Blend", 81.0, ratio=0.1), line(1, 6.0, attack="Blend", ratio=0.1),
+            line(2, 7.0, attack="Blend", acc=79.0, ratio=0.1), line(1, 3.0, ratio=0.1, p=4.0, lr=0.3, beta1=0.0)]
     text = leaderboard.render(runs)
     assert text == (
         "**WRN-16-1, CIFAR-10 (image files (jpg)), `ratio 0.1`; seeds in a cell: 1 to 2.**\n\n"
         "| | ACC lost, 2 attacks | ASR, 2 attacks | seconds |\n|---|---|---|---|\n"
-        "| CLP |  |  | 30 |\n| NAD | 2.00 | 4.50 | 30 |\n| NAD, `p 4.0` |  |  | 30 |\n\n"
+        "| CLP |  |  | 30 |\n| NAD | 2.25 ± 0.35 | 4.75 ± 1.06 | 30 |\n"
+        "| NAD, `p 4.0` |  |  | 30 |\n| NAD [a] |  |  | 30 |\n\n"
         "| ACC | BadNets | Blend |\n|---|---|---|\n| backdoored | 82.0 | 82.0 |\n| CLP |  | 81.0 |\n"
-        "| NAD | 80.0 | 80.0 |\n| NAD, `p 4.0` | 80.0 |  |\n\n"
+        "| NAD | 80.0 | 79.5 ± 0.7 |\n| NAD, `p 4.0` | 80.0 |  |\n| NAD [a] | 80.0 |  |\n\n"
         "| ASR | BadNets | Blend |\n|---|---|---|\n| backdoored | 99.9 | 99.9 |\n| CLP |  | 5.0 |\n"
-        "| NAD | 3.0 ± 1.4 | 6.0 |\n| NAD, `p 4.0` | 9.0 |  |\n\n"
+        "| NAD | 3.0 ± 1.4 | 6.5 ± 0.7 |\n| NAD, `p 4.0` | 9.0 |  |\n| NAD [a] | 3.0 |  |\n\n"
         "| RA | BadNets | Blend |\n|---|---|---|\n| backdoored | 0.1 | 0.1 |\n| CLP |  | 95.0 |\n"
-        "| NAD | 97.0 ± 1.4 | 94.0 |\n| NAD, `p 4.0` | 91.0 |  |\n\nMeasured on: cpu, torch 2.")
+        "| NAD | 97.0 ± 1.4 | 93.5 ± 0.7 |\n| NAD, `p 4.0` | 91.0 |  |\n| NAD [a] | 97.0 |  |\n\n"
+        "NAD [a]: `--lr 0.3 --beta1 0.0 --p 4.0`\n\nMeasured on: cpu, torch 2.")
     monkeypatch.setattr(benchmark, "ROOT", workplace)
     monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
     for r in [*runs, {"no": "cell"}, {**line(1, 1.0), "version": 0}]:
