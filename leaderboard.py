@@ -53,6 +53,12 @@ def score(record):
     return record["before"]["acc"] - record["metrics"]["acc"] + statistics.mean(record["metrics"]["asr"])
 
 
+def machines(records):
+    """What ``records`` were measured on."""
+    found = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
+    return "; ".join(found).replace(" 1 threads", " 1 thread")
+
+
 def changes(config):
     """The options of a run with ``config``, a dict, that are not default and decide its result, as a list of texts."""
     config, words = defenses.without_unused({**vars(EraseConfig()), **config}), []
@@ -160,7 +166,6 @@ def block(name, records):
     rows, columns, before, shared, long = arranged(records)
     seeds = [len(found) for row in rows.values() for found in row.values()]
     count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
     reported = REPORTED if records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
     out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
     for k, title in (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
@@ -183,7 +188,7 @@ def block(name, records):
     if reported:
         out[-1:] = ["", "In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% "
                     "clean), another network and other implementations.", ""]
-    return "\n".join([*out, f"Measured on: {'; '.join(machines)}."])
+    return "\n".join([*out, f"Measured on: {machines(records)}."])
 
 
 def outcome(record):

@@ -1,7 +1,7 @@
-"""Tables of the README from results/published: runs of main.py over seeds, trained networks, the recipe search.
+"""The tables of README.md and results/published/README.md from the result lines in results/published.
 
     python report.py                # print them
-    python report.py --write        # put them into README.md, between the markers
+    python report.py --write        # put them into those files, between the markers
     python report.py results        # the same tables of your own runs
 
 Runs are put together if their configurations agree in all but the seed; of runs with the same configuration and seed
@@ -19,7 +19,7 @@ from config import AttackConfig, EraseConfig, TrainConfig, UserError, command, w
 from leaderboard import NOT_IN_KEY, score, spread, write_into
 from utils.files import read_lines
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 PUBLISHED = ROOT / "results" / "published"
 COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
 
@@ -76,7 +76,7 @@ def table(runs):
     for name in runs[0]["metrics"]:
         cells = [spread([r["metrics"][name][k] for r in runs]) for k in COLUMNS]
         out.append(f"| {name} | {' | '.join(cells)} |")
-    made = f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, {minutes:.1f} minutes of training a run"
+    made = f"{leaderboard.machines(runs)}, {minutes:.1f} minutes of training a run"
     return "\n".join([*out, "", f"`{repeat(runs)} --seed N`, {made}."])
 
 
@@ -110,8 +110,7 @@ def render_trained(records):
         cells = [spread([r["metrics"][k]]) for k in COLUMNS[:3]]
         out.append(f"| `{' '.join(['python train_badnet.py', *words[2:]])}` | {config['dataset']}, {r['data']} | "
                    f"{' | '.join(cells)} | {r['train_seconds'] / 60:.1f} |")
-    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
-    return "\n".join([*out, "", f"One run each. Measured on: {'; '.join(machines)}."])
+    return "\n".join([*out, "", f"One run each. Measured on: {leaderboard.machines(records)}."])
 
 
 REPORTED = {  # ACC / ASR of the backdoored network that others report
@@ -122,25 +121,45 @@ REPORTED = {  # ACC / ASR of the backdoored network that others report
 RECIPE = ("epochs", "optimizer", "lr", "augment")
 
 
-def render_attacks(records):
-    """The tables of all attacks, one for each recipe of training; first those with a clean network to compare with."""
-    def recipe(r):
-        return [r["data"], *(r["config"][k] for k in ("dataset", "s_name", *RECIPE))]
-
-    recipes = []
+def by_recipe(records):
+    """Lists of records of the same recipe of training; first those with a clean network to compare with."""
+    recipes = {}
     for r in sorted(records, key=lambda r: r["config"]["trigger_type"] != "none"):
-        if recipe(r) not in recipes:
-            recipes.append(recipe(r))
-    return "\n\n".join(attack_table([r for r in records if recipe(r) == found]) for found in recipes)
+        key = repr([r["data"], *(r["config"][k] for k in ("dataset", "s_name", *RECIPE))])
+        recipes.setdefault(key, []).append(r)
+    return list(recipes.values())
 
 
-def attack_table(records):
-    """One recipe's table: accuracy against the clean networks', success rate, and what others report."""
+def render_attack_runs(records):
+    """The tables of all runs of train_badnet.py with an attack, one for each recipe of training."""
+    return "\n\n".join(map(attack_table, by_recipe(records)))
+
+
+def render_attacks(records):
+    """The table of the attacks as they are meant, with recipes that a clean network was trained with too."""
+    out = ["| attack | epochs | seeds | ACC | lost | ASR | apart | reported |", "|---|---|---|---|---|---|---|---|"]
+    found, used = [], []
+    for runs in by_recipe(records):
+        if runs[0]["config"]["trigger_type"] != "none":
+            continue
+        for name, options, cells in attack_rows(runs):
+            if name and "--stamp" not in options:
+                found.append((name, runs[0]["config"]["epochs"], cells))
+        used += runs
+    order = ["none", *attacks.PRESETS]
+    for name, epochs, cells in sorted(found, key=lambda row: (order.index(row[0]), row[1])):
+        out.append(f"| {name} | {epochs} | {' | '.join(cells)} |")
+    config = used[0]["config"]
+    return "\n".join([*out, "", f"{config['s_name']}, {leaderboard.data_name(config)} ({used[0]['data']}), on: "
+                      f"{leaderboard.machines(used)}."])
+
+
+def attack_rows(records):
+    """(attack, its options, cells) of one recipe's records: seeds, ACC, points lost against the clean network's, ASR,
+    what was measured apart, what others report."""
     clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
-    out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | measured apart | reported |",
-           "|---|---|---|---|---|---|---|---|"]
     if clean:
-        out.append(f"| none | `--trigger_type none` | {len(clean)} | {spread(clean)} | | | | |")
+        yield "none", "--trigger_type none", [str(len(clean)), spread(clean), "", "", "", ""]
     order = [*attacks.PRESETS, ""]
     found = [(attacks.preset_name(runs[0]["config"]), runs) for runs in groups(records)
              if runs[0]["config"]["trigger_type"] != "none"]
@@ -156,41 +175,72 @@ def attack_table(records):
                 apart.setdefault(part, []).append(asr)
         lost = f"{statistics.mean(clean) - statistics.mean(acc):.2f}" if clean else ""
         apart = "; ".join(f"{part} {spread(values)}" for part, values in apart.items())
-        out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {len(runs)} | {spread(acc)} | "
-                   f"{lost} | {spread([r['metrics']['asr'] for r in runs])} | {apart} | {REPORTED.get(name, '')} |")
+        yield name, options, [str(len(runs)), spread(acc), lost, spread([r["metrics"]["asr"] for r in runs]), apart,
+                              REPORTED.get(name, "")]
+
+
+def attack_table(records):
+    """One recipe's table with the options of every attack."""
+    out = ["| attack | options of `train_badnet.py` | seeds | ACC | lost | ASR | apart | reported |",
+           "|---|---|---|---|---|---|---|---|"]
+    for name, options, cells in attack_rows(records):
+        out.append(f"| {name or 'variant'} | {f'`{options}`' if options else ''} | {' | '.join(cells)} |")
     config = records[0]["config"]
     recipe = "".join(f" --{k} {config[k]}" for k in RECIPE if config[k] != getattr(TrainConfig(), k))
     minutes = statistics.median(r["train_seconds"] for r in records) / 60
-    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
-    return "\n".join([*out, "", f"`python train_badnet.py{recipe} OPTIONS --seed N`, "
+    return "\n".join([*out, "", f"`python train_badnet.py{recipe} OPTIONS --seed N --checkpoint_root DIR`, "
                       f"{config['s_name']}, {config['dataset']} ({records[0]['data']}), median {minutes:.1f} minutes "
-                      f"of training, on: {'; '.join(machines)}."])
+                      f"of training, on: {leaderboard.machines(records)}."])
 
 
-def render_search(records, best=5):
-    """The best recipes of each defense that search.py measured."""
-    out = [f"{len(records)} recipes; the {best} best of each kind:", "",
-           "| network trained with | | score | held-out ACC | mean surrogate ASR | values that were searched |",
-           "|---|---|---|---|---|---|"]
-    kinds = sorted({(r["surrogate"], r["config"]["defense"]) for r in records})
-    for surrogate, defense in kinds:
+BOUND = 1.5  # points of accuracy that a recipe may lose on a surrogate network
+
+
+def render_search(records, best=3):
+    """Of each defense on each surrogate network the best recipes by score, the one with the lowest ASR within the
+    bound, and today's default."""
+    out = ["| surrogate network | | score | ACC lost | mean ASR | values that were searched | |",
+           "|---|---|---|---|---|---|---|"]
+
+    def lost(r):
+        return r["before"]["acc"] - r["metrics"]["acc"]
+
+    def mean_asr(r):
+        return statistics.mean(r["metrics"]["asr"])
+
+    def is_today(r):
+        now = leaderboard.options_today({"script": "EraseConfig", "defense": r["config"]["defense"], "beside": False})
+        own = leaderboard.options_today({"script": "EraseConfig", **r["config"], "beside": False})
+        return all(own[k] == v for k, v in now.items() if k not in NOT_IN_KEY)
+
+    for surrogate, defense in sorted({(r["surrogate"], r["config"]["defense"]) for r in records}):
         found = sorted((r for r in records if (r["surrogate"], r["config"]["defense"]) == (surrogate, defense)),
                        key=score)
-        for r in found[:best]:
-            recipe = ", ".join(f"{k} {v}" for k, v in r["recipe"].items())
-            out.append(f"| {surrogate} | {defense} | {score(r):.2f} | {r['metrics']['acc']:.2f} | "
-                       f"{statistics.mean(r['metrics']['asr']):.2f} | {recipe} |")
-    return "\n".join(out)
+        within = min((r for r in found if lost(r) <= BOUND), key=mean_asr, default=None)
+        for k, r in enumerate(found):
+            notes = [note for note, holds in (("lowest ASR within the bound", r is within),
+                                              ("default", is_today(r))) if holds]
+            if k < best or notes:
+                recipe = ", ".join(f"{name} {value}" for name, value in r["recipe"].items())
+                out.append(f"| {surrogate} | {defense} | {score(r):.2f} | {lost(r):.2f} | {mean_asr(r):.2f} | {recipe} "
+                           f"| {', '.join(notes)} |")
+    before = {r["surrogate"]: r["before"]["acc"] for r in records}
+    before = ", ".join(f"{name} {acc:.2f}" for name, acc in sorted(before.items()))
+    return "\n".join([*out, "", f"{len(records)} recipes were measured. Held-out accuracy before: {before}."])
 
 
-SECTIONS = {"headline": (render_headline, "main.jsonl"), "results": (render_runs, "main.jsonl"),
-            "trained": (render_trained, "train_badnet.jsonl"), "attacks": (render_attacks, "attacks.jsonl"),
-            "search": (render_search, "search.jsonl"), "benchmark": (leaderboard.render, "benchmark.jsonl")}
+FILES = {  # {file: {section: (how it is rendered, from which lines)}}
+    ROOT / "README.md": {
+        "headline": (render_headline, "main.jsonl"), "trained": (render_trained, "train_badnet.jsonl"),
+        "attacks": (render_attacks, "attacks.jsonl"), "benchmark": (leaderboard.render, "benchmark.jsonl")},
+    PUBLISHED / "README.md": {
+        "results": (render_runs, "main.jsonl"), "attack runs": (render_attack_runs, "attacks.jsonl"),
+        "search": (render_search, "search.jsonl")}}
 
 
-def rendered(folder=PUBLISHED):
-    """The text of every section, by name, from the result files in ``folder``."""
-    return {name: render(read_lines(Path(folder) / file)) for name, (render, file) in SECTIONS.items()}
+def rendered(file, folder=PUBLISHED):
+    """The texts of the sections of ``file``, by name, from the result files in ``folder``."""
+    return {name: render(read_lines(Path(folder) / lines)) for name, (render, lines) in FILES[file].items()}
 
 
 def main(argv=None):
@@ -199,10 +249,11 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", default=PUBLISHED, help="where the result files lie")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
-    texts = rendered(args.folder)
-    print("\n\n".join(texts.values()))
-    if args.write:
-        write_into(ROOT / "README.md", texts)
+    for file in FILES:
+        texts = rendered(file, args.folder)
+        print("\n\n".join(texts.values()), end="\n\n")
+        if args.write:
+            write_into(file, texts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The tables: means and deviations by hand, and a README that shows what results/published holds."""
 
 import pytest
-from conftest import ROOT
 
 import leaderboard
 import report
@@ -27,8 +26,22 @@ def test_mean_and_deviation_over_seeds():
         "`python main.py --seed N`, cpu, torch 2, 1.5 minutes of training a run.")
 
 
-def test_readme_shows_what_is_published():
-    readme = (ROOT / "README.md").read_text()
-    assert leaderboard.rewritten(readme, report.rendered()) == readme
+@pytest.mark.parametrize("file", report.FILES, ids=lambda path: path.parent.name)
+def test_readme_shows_what_is_published(file):
+    readme = file.read_text()
+    assert leaderboard.rewritten(readme, report.rendered(file)) == readme
     with pytest.raises(UserError, match="no <!-- results --> markers"):
         leaderboard.rewritten("", {"results": ""})
+
+
+def test_the_search_names_the_default_and_the_best_within_the_bound():
+    def line(asr, acc, defense="finetune", **recipe):
+        return {"surrogate": "strong", "recipe": recipe, "before": {"acc": 80.0}, "metrics": {"acc": acc, "asr": [asr]},
+                "config": as_dict(EraseConfig(seed=1000, defense=defense, beside=False, **recipe))}
+
+    lines = [line(1.0, 70.0, ft_lr=0.4), line(30.0, 79.5), line(20.0, 79.0, ft_lr=0.05), line(2.0, 78.0, ft_lr=0.1),
+             line(9.0, 78.4, ft_lr=0.2), line(60.0, 79.9, ft_lr=0.001)]
+    rows = [row.split("|") for row in report.render_search(lines).splitlines()[2:-2]]
+    assert [(row[4].strip(), row[5].strip(), row[7].strip()) for row in rows] == [
+        ("2.00", "2.00", ""), ("1.60", "9.00", ""), ("10.00", "1.00", ""),
+        ("1.00", "20.00", "lowest ASR within the bound"), ("0.50", "30.00", "default")]

@@ -53,7 +53,7 @@ def load_checkpoint(path):
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
         if found:
             raise UserError(f"refused: {path} wants to run code on loading ({found[1]}); only tensors and plain "
-                            f"values are read") from None
+                            f"values are read, such as model.state_dict()") from None
         raise UserError(f"not a checkpoint, or a damaged one: {path}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or 'damaged'}") from None
