@@ -164,8 +164,7 @@ def arranged(records):
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
     rows, columns, before, shared, long = arranged(records)
-    seeds = [len(found) for row in rows.values() for found in row.values()]
-    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    count = seeds_of(found for row in rows.values() for found in row.values())
     reported = REPORTED if records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
     out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
     for k, title in (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
@@ -191,6 +190,12 @@ def block(name, records):
     return "\n".join([*out, f"Measured on: {machines(records)}."])
 
 
+def seeds_of(cells):
+    """The number of seeds in each of ``cells``, as text: one number or a range."""
+    counts = {len(found) for found in cells}
+    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+
+
 def outcome(record):
     """The metrics of the defense in ``record``."""
     return record["metrics"][defenses.title(record["config"]["defense"])]
@@ -203,7 +208,7 @@ def summary(rows, columns, before):
     if set(SIX) < set(columns):
         sets.insert(0, ("the paper's six", list(SIX)))
     head = " | ".join(f"ACC lost, {name} | ASR, {name}" for name, _ in sets)
-    out = [f"| | {head} | seconds |", "|---" * (2 * len(sets) + 2) + "|"]
+    out = [f"| | {head} | seeds | seconds |", "|---" * (2 * len(sets) + 3) + "|"]
     for row, found in rows.items():
         cells = []
         for _, chosen in sets:
@@ -220,7 +225,8 @@ def summary(rows, columns, before):
                 cells += ["", ""]
         seconds = [s for runs in found.values() for r in runs.values() if not r.get("resumed")
                    for s in r["defense_seconds"].values()]
-        out.append(f"| {row} | {' | '.join(cells)} | {statistics.median(seconds) if seconds else float('nan'):.0f} |")
+        typical = f"{statistics.median(seconds):.0f}" if seconds else ""
+        out.append(f"| {row} | {' | '.join([*cells, seeds_of(found.values()), typical])} |")
     return out
 
 

@@ -220,9 +220,9 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
     text = leaderboard.render(runs)
     assert text == (
         "**WRN-16-1, CIFAR-10 (image files (jpg)), `ratio 0.1`; seeds in a cell: 1 to 2.**\n\n"
-        "| | ACC lost, 2 attacks | ASR, 2 attacks | seconds |\n|---|---|---|---|\n"
-        "| CLP |  |  | 30 |\n| NAD | 2.25 ± 0.35 | 4.75 ± 1.06 | 30 |\n"
-        "| NAD, `p 4.0` |  |  | 30 |\n| NAD [a] |  |  | 30 |\n\n"
+        "| | ACC lost, 2 attacks | ASR, 2 attacks | seeds | seconds |\n|---|---|---|---|---|\n"
+        "| CLP |  |  | 1 | 30 |\n| NAD | 2.25 ± 0.35 | 4.75 ± 1.06 | 2 | 30 |\n"
+        "| NAD, `p 4.0` |  |  | 1 | 30 |\n| NAD [a] |  |  | 1 | 30 |\n\n"
         "| ACC | BadNets | Blend |\n|---|---|---|\n| backdoored | 82.0 | 82.0 |\n| CLP |  | 81.0 |\n"
         "| NAD | 80.0 | 79.5 ± 0.7 |\n| NAD, `p 4.0` | 80.0 |  |\n| NAD [a] | 80.0 |  |\n\n"
         "| ASR | BadNets | Blend |\n|---|---|---|\n| backdoored | 99.9 | 99.9 |\n| CLP |  | 5.0 |\n"
