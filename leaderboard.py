@@ -183,10 +183,11 @@ def block(name, records):
                              + (beside(runs[0]["config"]["defense"], a) if plain else ""))
             out.append(f"| {row} | {' | '.join(cells)} |")
         out.append("")
-    out += [f"{row}: {options}\n" for row, options in long.items()]
+    for row, options in long.items():
+        out += [f"{row}: {options}", ""]
     if reported:
-        out[-1:] = ["", "In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% "
-                    "clean), another network and other implementations.", ""]
+        out += ["In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
+                "another network and other implementations.", ""]
     return "\n".join([*out, f"Measured on: {machines(records)}."])
 
 
