@@ -154,22 +154,6 @@ def test_on_ray_with_a_process_that_is_killed(workplace):
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
 
 
-def test_ctrl_c_ends_what_runs_on_ray(workplace):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
-    process = start(workplace, "benchmark.py", *TINY, "--train_options", "epochs=10000", "--defenses", "clp", "--seeds",
-                    "1", "--engine", "ray")
-    while not (running := scripts_in(workplace)):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    end = time.time() + 30
-    while set(running) & set(scripts_in(workplace)):
-        assert time.time() < end, "a run is left behind"
-        time.sleep(0.1)
-
-
 def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
     def key(stored, network):
         return benchmark.what_counts(stored, {"s_model": network})
