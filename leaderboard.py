@@ -61,7 +61,7 @@ def machines(records):
 
 def changes(config):
     """The options of a run with ``config``, a dict, that are not default and decide its result, as a list of texts."""
-    config, words = defenses.without_unused({**vars(EraseConfig()), **config}), []
+    config, words = options_today(config), []
     left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume", "device"}
     for name, f in EraseConfig.__dataclass_fields__.items():
         value, default = config[name], default_of(f)
@@ -145,7 +145,7 @@ def columns_of(records):
 def arranged(records):
     """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share, {row: its
     options} of rows with too many options for their name)."""
-    rows, columns, before, long = {}, columns_of(records), {}, {}
+    rows, columns, before, names = {}, columns_of(records), {}, {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
         column = columns[r["inputs"]["s_model"]]
@@ -153,11 +153,10 @@ def arranged(records):
         row = ", ".join([title, *own])
         if len(own) > 2:
             options = f"`{' '.join('--' + c.strip('`') for c in own)}`"
-            row = next((name for name, found in long.items() if (name.startswith(title), found) == (True, options)),
-                       f"{title} [{'abcdefghijklmnopqrstuvwxyz'[len(long) % 26]}]")
-            long[row] = options
+            row = names.setdefault((title, options), f"{title} [{'abcdefghijklmnopqrstuvwxyz'[len(names) % 26]}]")
         rows.setdefault(row, {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
+    long = {name: options for (_, options), name in names.items()}
     return rows, list(columns.values()), before, shared, long
 
 

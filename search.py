@@ -29,7 +29,7 @@ import torch
 import defenses
 from config import EraseConfig, TrainConfig, UserError, as_dict, convert
 from data_loader import DatasetCL, load_data, stratified
-from leaderboard import score
+from leaderboard import options_today, score
 from models import select_model
 from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint
 from utils.data import Batches, TensorData, make_augment
@@ -204,9 +204,7 @@ def main(argv=None):
         lists.append([float(v) if name == "beta_scale" else convert(by_name[name], v, "") for v in values.split(",")])
     bench = Bench(args.surrogate)
     say(f"surrogate network: {bench.before}; results go to {RESULTS}")
-    defaults = as_dict(EraseConfig())  # of options that are newer than a line
-    done = [(defenses.without_unused({**defaults, **r["config"], "beside": False}), r["hash"])
-            for r in read_lines(RESULTS)]
+    done = [(options_today({**r["config"], "beside": False}), r["hash"]) for r in read_lines(RESULTS)]
     for values in itertools.product(*lists):
         recipe = dict(zip(names, values, strict=True))
         changes = dict(recipe)
@@ -216,7 +214,7 @@ def main(argv=None):
         config = replace(EraseConfig(seed=SEED, defense=args.defense, beside=False), **changes)
         if scale is not None:
             config = replace(config, beta1=500 * scale, beta2=1000 * scale, beta3=1000 * scale)
-        if (defenses.without_unused(as_dict(config)), bench.hash) in done:
+        if (options_today(as_dict(config)), bench.hash) in done:
             continue
         start = time.perf_counter()
         record = {"recipe": recipe, "config": as_dict(config), "surrogate": args.surrogate, "hash": bench.hash,

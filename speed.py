@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -278,14 +279,8 @@ def stamping_rates(config, train):
         except UserError:
             continue  # no clean network for these images
         trigger.see(train.images)
-        times = []
-        for _ in range(4):
-            synchronize(part.device)
-            start = time.perf_counter()
-            trigger(part)
-            synchronize(part.device)
-            times.append(time.perf_counter() - start)
-        rates.append(f"{name.removesuffix('Trigger')} {len(part) / min(times) / 1e6:.3g}")
+        seconds = best_time(partial(trigger, part), part.device)
+        rates.append(f"{name.removesuffix('Trigger')} {len(part) / seconds / 1e6:.3g}")
     return ", ".join(rates)
 
 

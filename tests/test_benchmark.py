@@ -126,13 +126,13 @@ def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypat
     assert not Path("results/errors.jsonl").exists()
 
 
-def scripts_in(folder, names=("/main.py", "/train_badnet.py")):
-    """The processes that run one of the scripts ``names`` in ``folder``."""
+def scripts_in(folder, name):
+    """The processes that run the script ``name`` in ``folder``."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_text().split("\0")
-            if str(folder) in " ".join(words) and any(w.endswith(names) for w in words):
+            if str(folder) in " ".join(words) and any(w.endswith(name) for w in words):
                 found.append(int(path.parent.name))
     return found
 
