@@ -18,6 +18,7 @@ import itertools
 import json
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -248,17 +249,20 @@ def ray_runner(opt):
     task = ray.remote(run_script_apart).options(num_cpus=opt.cpus_per_cell, num_gpus=opt.gpus_per_cell,
                                                 max_retries=opt.retries)
 
-    tasks = []
+    tasks, stopped = [], threading.Event()
 
     def run(*args):
         own = task.remote(*args)
         tasks.append(own)
+        if stopped.is_set():  # while it was made
+            ray.cancel(own)
         try:
             return ray.get(own)
         except ray.exceptions.RayError as e:
             return 1, f"Ray: {str(e).splitlines()[0]}"
 
     def stop():
+        stopped.set()
         for found in tasks:
             ray.cancel(found)
     return run, stop

@@ -105,21 +105,19 @@ def test_a_killed_benchmark_goes_on_in_the_middle_of_a_cell(workplace):
 
 
 def test_processes_beside_each_other_and_one_that_is_killed(workplace, monkeypatch):
-    run, killed = processes.subprocess.run, []
+    popen, killed = processes.subprocess.Popen, []
 
-    def run_or_kill(command, **kwargs):
+    def popen_and_kill(command, **kwargs):
+        process = popen(command, **kwargs)
         if "main.py" in command[1] and not killed:  # the first erasing cell loses its process in the middle
             killed.append(command)
-            process = processes.subprocess.Popen(command, **kwargs)
             folder = Path(command[command.index("--config") + 1]).parent
             while "epoch  1/2" not in (folder / "log.txt").read_text():
                 assert process.poll() is None
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            return process
-        return run(command, **kwargs)
+        return process
 
-    monkeypatch.setattr(processes.subprocess, "run", run_or_kill)
+    monkeypatch.setattr(processes.subprocess, "Popen", popen_and_kill)
     assert bench("--defenses", "finetune", "clp", "--seeds", "1", "2", "--jobs", "2") == 0
     assert killed
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
@@ -152,6 +150,22 @@ def test_on_ray_with_a_process_that_is_killed(workplace):
     assert process.returncode == 0, out + err
     assert killed
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+
+
+def test_ctrl_c_ends_what_runs_on_ray(workplace):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    process = start(workplace, "benchmark.py", *TINY, "--train_options", "epochs=10000", "--defenses", "clp", "--seeds",
+                    "1", "--engine", "ray")
+    while not (running := scripts_in(workplace, "/train_badnet.py")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    end = time.time() + 30
+    while set(running) & set(scripts_in(workplace, "/train_badnet.py")):
+        assert time.time() < end, "a run is left behind"
+        time.sleep(0.1)
 
 
 def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():

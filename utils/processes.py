@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from utils.files import locked
@@ -22,9 +23,15 @@ def run_script_apart(command, folder, cwd, retries, wait=True):
                 return None, ""
             if not (folder / "config.json").exists():
                 return 0, ""  # while this process waited, another one finished the cell and cleaned up
-            code = subprocess.run([*command, *(["--resume"] if again else [])], cwd=cwd, stdout=out,
-                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                  pass_fds=(lock,) if os.name == "posix" else ()).returncode
+            process = subprocess.Popen([*command, *(["--resume"] if again else [])], cwd=cwd, stdout=out,
+                                       stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                       pass_fds=(lock,) if os.name == "posix" else ())
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)  # in place of wait(), during which a thread does not see that Ray cancels its task
+            finally:
+                process.kill()  # nothing happens to one that has ended
+                code = process.wait()
         if code >= 0 or code == -signal.SIGINT:
             break
     lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
