@@ -261,6 +261,8 @@ class EraseConfig(SubjectConfig):
     ibau_rounds: int = option(5, "ibau", "rounds [paper]", low=1)
     ibau_lr: float = option(1e-3, "ibau", "Adam's learning rate", low=0.0)
     ibau_batch_size: int = option(100, "ibau", "batch size", low=2, unit="images")
+    ibau_share: float = option(0.01, "ibau", "share of a batch that the perturbation lies on in the outer loss "
+                               "[paper's code]", low=0.0, high=1.0)
     ibau_inner_lr: float = option(10.0, "ibau", "learning rate of the perturbation [paper's code]", low=0.0)
     ibau_penalty: float = option(1e-3, "ibau", "weight of the perturbation's squared l2 norm [paper's code]", low=0.0)
     ibau_eta: float = option(0.1, "ibau", "step of the fixed-point map [paper's code]", low=0.0)

@@ -7,7 +7,8 @@ follows how d itself would answer a change of w:
 
     dH/dw + (dd/dw)^T dH/dd,     (dd/dw)^T v  by fixed-point iterations on  Phi(d, w) = d - eta dG/dd
 
-G = -H + ``--ibau_penalty`` ||d||_2^2 is what the inner problem minimises. Ours: d lies on every image of a batch, the
+G = -H + ``--ibau_penalty`` ||d||_2^2 is what the inner problem minimises. As in the authors' code, d lies on a share of
+each batch only in the outer loss (``--ibau_share``): with d on all images the network forgets the clean ones. Ours: the
 sum is clipped to [0, 1], and BatchNorm's statistics stay as they are.
 """
 
@@ -48,7 +49,8 @@ def hypergradient(model, images, labels, d, config):
     """(H, its gradient by each parameter of ``model``, a list of tensors) of a batch at the perturbation ``d``."""
     weights = list(model.parameters())
     d = d.clone().requires_grad_()
-    outer = F.cross_entropy(model((images + d).clamp(0, 1)), labels)
+    there = torch.arange(len(images), device=images.device) < max(1, round(config.ibau_share * len(images)))
+    outer = F.cross_entropy(model((images + d * there[:, None, None, None]).clamp(0, 1)), labels)
     *direct, v = torch.autograd.grad(outer, [*weights, d])
     slope, = torch.autograd.grad(inner(model, images, labels, d, config.ibau_penalty), d, create_graph=True)
     phi = d - config.ibau_eta * slope

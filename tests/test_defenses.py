@@ -388,15 +388,24 @@ def test_the_hypergradient_without_the_inner_step_is_the_plain_gradient():
     model, data = network(), toy(16)
     images, labels, d = to_float(data.images), data.labels, torch.full((1, 3, 16, 16), 0.01)
     plain = torch.autograd.grad(F.cross_entropy(model((images + d).clamp(0, 1)), labels), list(model.parameters()))
-    still = ibau.hypergradient(model, images, labels, d, short(ibau_eta=0.0))[1]
+    still = ibau.hypergradient(model, images, labels, d, short(ibau_eta=0.0, ibau_share=1.0))[1]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, still, strict=True))
+
+
+def test_the_outer_loss_has_the_perturbation_on_a_share_of_the_images():
+    model, data = network(), toy(16)
+    images, labels, d = to_float(data.images), data.labels, torch.full((1, 3, 16, 16), 0.2)
+    mixed = torch.cat([(images[:4] + d).clamp(0, 1), images[4:]])
+    loss, _ = ibau.hypergradient(model, images, labels, d, short(ibau_share=0.25))
+    assert torch.allclose(loss, F.cross_entropy(model(mixed), labels))
+    assert not torch.allclose(loss, ibau.hypergradient(model, images, labels, d, short(ibau_share=1.0))[0], atol=1e-4)
 
 
 def test_the_hypergradient_by_explicit_jacobians():
     torch.manual_seed(0)
     model, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.arange(5) % 3
     images = torch.rand(5, 3, 2, 2) / 2
-    config, d = short(ibau_eta=0.3, ibau_iterations=2, ibau_penalty=0.5), torch.full((1, 3, 2, 2), 0.1)
+    config, d = short(ibau_eta=0.3, ibau_iterations=2, ibau_penalty=0.5, ibau_share=1.0), torch.full((1, 3, 2, 2), 0.1)
     w = model[1].weight.detach().clone()
 
     def cross(d, w):
