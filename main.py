@@ -73,6 +73,9 @@ def main(config):
     rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
     seconds = {}
+    if config.first:
+        model = defenses.begin(model, clean, config, journal)
+        rows[f"{defenses.title(config.first)} first"] = measure(model)
     for kind in dict.fromkeys([*(["finetune"] if config.beside else []), config.defense]):
         start, reused = time.perf_counter(), journal.reused
         erased = defenses.get(kind).erase(model, clean, config, journal)

@@ -158,16 +158,16 @@ class Bench:
     def run(self, config):
         """The metrics of one recipe; teachers are shared between the recipes that have the same."""
         clean = DatasetCL(config, self.train)
-        extra = {}
+        extra, model = {}, defenses.begin(self.model, clean, config)
         if config.defense == "nad":
             from defenses.nad import make_teacher
 
             key = repr(replace(config, lr=0.0, ft_lr=0.0, lr_schedule="", epochs=0, beta1=0.0, beta2=0.0, beta3=0.0,
                                p=0.0, attention="", at_loss="", layers=[]))
             if key not in self.teachers:
-                self.teachers[key] = make_teacher(self.model, clean, config)
+                self.teachers[key] = make_teacher(model, clean, config)
             extra["teacher"] = self.teachers[key]
-        return self.measure(defenses.get(config.defense).erase(self.model, clean, config, **extra))
+        return self.measure(defenses.get(config.defense).erase(model, clean, config, **extra))
 
 
 def show():

@@ -22,16 +22,21 @@ def get(name):
     return importlib.import_module(f"defenses.{name}")
 
 
+def begin(model, clean_data, config, progress=None):
+    """What the defense starts from: ``model``, or what the defense ``config.first`` makes of it."""
+    return get(config.first).erase(model, clean_data, config, progress) if config.first else model
+
+
 def title(name):
     """What the defense ``name`` is called in tables."""
     return getattr(get(name), "TITLE", name.upper())
 
 
 def without_unused(options):
-    """The options of ``EraseConfig``, a dict, with those of other defenses than ``options["defense"]``, and than
-    fine-tuning if that is measured beside, at their defaults."""
+    """The options of ``EraseConfig``, a dict, with those of defenses at their defaults that do not run: other ones than
+    ``options["defense"]``, ``options["first"]`` and, if that is measured beside, fine-tuning."""
     uses = {n: {n.replace("_", " "), *getattr(get(n), "USES", ())} for n in NAMES}
-    own = uses[options["defense"]] | (uses["finetune"] if options["beside"] else set())
+    own = set().union(*(uses[n] for n in (options["defense"], options["first"], options["beside"] and "finetune") if n))
     others = set().union(*uses.values()) - own
     unused = {f.name: default_of(f) for f in fields(EraseConfig) if f.metadata["group"] in others}
     return {**options, **unused}

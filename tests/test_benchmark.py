@@ -179,6 +179,8 @@ def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
     older = {k: v for k, v in own.items() if k != "ft_lr"}
     assert key(older, "a") == key(own, "a"), "an option that is newer than the line has its default"
     assert key({**own, "defense": "sage", "sage_beta": 1.0}, "a") != key({**own, "defense": "sage"}, "a")
+    assert key({**own, "first": "clp", "clp_u": 1.0}, "a") != key({**own, "first": "clp"}, "a")
+    assert key({**own, "clp_u": 1.0}, "a") == key(own, "a")
     trained = as_dict(TrainConfig())
     assert key({**trained, "sig_delta": 3.0}, "") == key(trained, "")
 

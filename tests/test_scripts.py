@@ -112,6 +112,19 @@ def test_main_takes_a_teacher_and_other_defenses(copied, capsys):
     assert list(lines("results/main.jsonl")[0]["metrics"]) == ["backdoored", "fine-tuning"]
 
 
+def test_first_another_defense(copied, capsys):
+    """--first clp gives what erasing the network that --defense clp saved gives."""
+    assert erase("--defense", "clp", "--clp_u", "1", "--beside", "0", "--checkpoint_root", "pruned") == 0
+    assert erase("--s_model", "pruned/WRN-10-1.tar", "--checkpoint_root", "two", "--teacher_root", "two") == 0
+    assert erase("--first", "clp", "--clp_u", "1", "--checkpoint_root", "one", "--teacher_root", "one") == 0
+    assert "CLP first" in capsys.readouterr().out
+    pruned, two, one = (r["metrics"] for r in lines("results/main.jsonl"))
+    assert pruned["CLP"] != pruned["backdoored"]
+    assert list(one) == ["backdoored", "CLP first", "fine-tuning", "teacher", "NAD"]
+    assert one["CLP first"] == pruned["CLP"]
+    assert all(one[row] == two[row] for row in ("fine-tuning", "teacher", "NAD"))
+
+
 SHORT = ["--nc_steps", "20", "--nc_batch_size", "2", "--anp_steps", "12", "--anp_batch_size", "40", "--ibau_rounds",
          "2", "--ibau_batch_size", "40", "--ibau_iterations", "2", "--mcr_epochs", "2"]
 
