@@ -1,8 +1,10 @@
 """Shared helpers: small sets, and scripts run in this process or in their own."""
 
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ def workplace(tmp_path, monkeypatch):
 
 
 def start(folder, script, *args, **kwargs):
-    """The script as a process of its own in ``folder``."""
+    """The script as a process of its own in ``folder``, which heeds SIGINT also where pytest runs in the background."""
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler) if os.name == "posix" else None
     return subprocess.Popen([sys.executable, "-u", str(ROOT / script), *args], cwd=folder, text=True,
                             env={**os.environ, "COLUMNS": "100"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed, **kwargs)
 
 
 def until(process, text):
