@@ -25,7 +25,7 @@ def main(config):
     """Erase the network that ``config`` (``EraseConfig``) names."""
     device = choose_device(config.device)
     amp = use_bf16(config.amp, device)
-    defense = defenses.get(config.defense)
+    defenses.get(config.defense)  # an unknown name is said before anything is read
     name = file_name(config.s_name)
     target = weight_root(config, config.checkpoint_root, "erasing_net") / f"{name}.tar"
     teacher_file = weight_root(config, config.teacher_root, "t_net") / f"{name}-T-model_best.pth.tar"
@@ -42,8 +42,7 @@ def main(config):
 
     subject = study(config, content, attack, device)
     model, clean, test = subject.model, subject.clean, subject.test
-    if hasattr(defense, "check"):
-        defense.check(model, clean, config)
+    defenses.check(model, clean, config)
     say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
 
@@ -72,15 +71,19 @@ def main(config):
 
     rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
+
+    def timed(erase, model):
+        start, reused = time.perf_counter(), journal.reused
+        erased = erase(model, clean, config, journal)
+        return erased, time.perf_counter() - start + journal.reused - reused  # of this process, if it was resumed
+
     seconds = {}
+    model, before = timed(defenses.begin, model)
     if config.first:
-        model = defenses.begin(model, clean, config, journal)
         rows[f"{defenses.title(config.first)} first"] = measure(model)
     for kind in dict.fromkeys([*(["finetune"] if config.beside else []), config.defense]):
-        start, reused = time.perf_counter(), journal.reused
-        erased = defenses.get(kind).erase(model, clean, config, journal)
-        spent = time.perf_counter() - start + journal.reused - reused  # of this process, if it was resumed
-        seconds[defenses.title(kind)] = round(spent, 2)
+        erased, spent = timed(defenses.get(kind).erase, model)
+        seconds[defenses.title(kind)] = round(before + spent, 2)
         rows[defenses.title(kind)] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
     journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,

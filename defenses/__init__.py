@@ -1,5 +1,7 @@
 """Defenses, one file each, known to ``main.py --defense`` by their file's name.
 
+``erase(model, clean_data, config)`` runs the defense ``config.defense``, after ``config.first`` if that is set.
+
 A defense is a module with ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given
 stays bit-identical. It sees the clean subset only, never the trigger and never the test set. ``check(model, clean_data,
 config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``TITLE`` is its name in
@@ -22,9 +24,27 @@ def get(name):
     return importlib.import_module(f"defenses.{name}")
 
 
+def check(model, clean_data, config):
+    """Raise ``UserError`` if ``config.first`` or ``config.defense`` cannot erase ``model`` with ``clean_data``."""
+    for name in filter(None, (config.first, config.defense)):
+        if hasattr(get(name), "check"):
+            get(name).check(model, clean_data, config)
+
+
 def begin(model, clean_data, config, progress=None):
     """What the defense starts from: ``model``, or what the defense ``config.first`` makes of it."""
     return get(config.first).erase(model, clean_data, config, progress) if config.first else model
+
+
+def erase(model, clean_data, config, progress=None):
+    """The network that ``config.first``, if set, and then ``config.defense`` make of ``model``, which stays as it is.
+
+    ``clean_data``: ``TensorData`` or ``DatasetCL``; ``config``: ``EraseConfig``; ``progress`` hears of each epoch and
+    keeps the state of an unfinished run (``utils.run.Journal``). Raises ``UserError`` for what will not do, before
+    anything is trained.
+    """
+    check(model, clean_data, config)
+    return get(config.defense).erase(begin(model, clean_data, config, progress), clean_data, config, progress)
 
 
 def title(name):

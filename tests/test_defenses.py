@@ -172,6 +172,20 @@ def test_clp_prunes_the_channel_that_stands_out():
     assert (erased.block3.layer[0].bn2.weight != 0).sum() == 63
 
 
+def test_erase_begins_with_the_first_defense_and_checks_both():
+    model, data = network(), toy()
+    model.block3.layer[0].conv1.weight.data[3] *= 50
+    gone = "block3.layer.0.bn2.weight"
+    plain, begun = (defenses.erase(model, data, short(defense="finetune", first=first)) for first in ("", "clp"))
+    assert plain.state_dict()[gone][3] != 0
+    assert begun.state_dict()[gone][3] == 0
+    by_hand = defenses.get("finetune").erase(clp.erase(model, data, short()), data, short())
+    assert all(torch.equal(v, begun.state_dict()[k]) for k, v in by_hand.state_dict().items())
+    for wrong in ({"defense": "pruning"}, {"defense": "finetune", "first": "pruning"}):
+        with pytest.raises(UserError, match="nowhere"):
+            defenses.erase(model, data, short(prune_layer="nowhere", **wrong))
+
+
 def test_linf_pruning_prunes_the_planted_channel():
     """Channel 7 of the last layer answers to a white corner only, and it alone makes class 3."""
     class Planted(nn.Module):

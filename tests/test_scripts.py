@@ -472,6 +472,13 @@ def test_pictures_of_a_network_and_its_erased_version(copied, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_detect_doubts_an_outlier_whose_mask_is_not_small():
+    assert detect.verdict([], []) == "no label stands out"
+    assert detect.verdict([5, 1], [0.11, 0.7]) == "backdoored, target label 5"
+    assert "label 9 stands out" in detect.verdict([9], [0.77])
+    assert "doubtful" in detect.verdict([9], [0.77])
+
+
 def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     quick = [*SMALL, "--ratio", "0.2", "--nc_steps", "20", "--nc_batch_size", "2", "--strip_inputs", "8",
              "--strip_overlays", "5"]
