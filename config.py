@@ -377,6 +377,8 @@ def convert(f, value, source):
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: {what} is needed, got {value!r}") from None
         low, high = meta["low"], meta["high"]
+        if low == -1 and -1 < value < 0:
+            raise UserError(f"{name}: -1 or {what} of at least 0 is allowed, got {value}")
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
             raise UserError(f"{name}: {what} {limits} is allowed, got {value}")

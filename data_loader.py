@@ -11,7 +11,6 @@ import hashlib
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -81,18 +80,22 @@ class DatasetBD(TensorData):
 
     ``opt`` needs ``trigger_type, target_type, target_label, trig_w, trig_h`` and may have ``seed`` and any other
     option of ``AttackConfig``; ``distance`` and ``device`` are taken as in the demo. Give the ``trigger`` of the
-    training set to the test set: some are learned or choose among the training images.
+    training set to the test set: some are learned or choose among the training images. ``n_classes``: for data that
+    does not say it by ``classes`` (default: the highest label + 1). Raises ``UserError`` for options that do not go
+    together, or not with the data.
     """
 
     def __init__(self, opt, full_dataset, inject_portion=None, transform=None, mode="train", device=None,
-                 distance=None, trigger=None, part=None):
-        full = as_tensor_data(full_dataset)
+                 distance=None, trigger=None, part=None, n_classes=None):
+        full = as_tensor_data(full_dataset, n_classes)
         if device is not None:
             full = full.to(device)
         self.seed = getattr(opt, "seed", 0)
-        opt = attacks.complete(opt)
-        if distance is not None:
-            opt = replace(opt, trig_distance=distance)
+        opt = attacks.complete(opt, trig_distance=distance, inject_portion=inject_portion)
+        for name in ("target_type", "target_label", "source_label") + ("trig_distance",) * (distance is not None):
+            if trigger is not None and getattr(opt, name) != getattr(trigger.opt, name):
+                raise UserError(f"--{name} {getattr(opt, name)}: the trigger that is given was made for "
+                                f"{getattr(trigger.opt, name)}")
         if mode not in ("train", "test"):
             raise ValueError(f"mode: train or test is allowed, got {mode!r}")
         for name, rules in (("target_label", ("all2one", "cleanLabel", "classSpecific", "multiLabel")),
@@ -100,6 +103,9 @@ class DatasetBD(TensorData):
             if getattr(opt, name) >= full.n_classes and opt.target_type in rules:
                 raise UserError(f"--{name} {getattr(opt, name)}: the data set has the classes 0 to "
                                 f"{full.n_classes - 1}")
+        if opt.target_type == "multiLabel" and opt.n_triggers > full.n_classes:
+            raise UserError(f"--n_triggers {opt.n_triggers}: each of them leads to a class of its own, but the data "
+                            f"set has {full.n_classes}")
         self.trigger = trigger or attacks.make_trigger(opt, full.shape)
         labels, everything = full.labels.cpu(), torch.arange(len(full))
         wanted = self.trigger.labels(labels, everything, full.n_classes, part)
@@ -118,8 +124,7 @@ class DatasetBD(TensorData):
             raise UserError(f"--trigger_type {opt.trigger_type}: its generator is trained together with the network "
                             f"(train_badnet.py); to poison with a trained one, give make_trigger its state")
         self.trigger.see(full.images)
-        portion = opt.inject_portion if inject_portion is None else inject_portion
-        self.poisoned = attacks.choose_poisoned(labels, opt, portion, generator(self.seed, "poison"))
+        self.poisoned = attacks.choose_poisoned(labels, opt, opt.inject_portion, generator(self.seed, "poison"))
         self.cover = attacks.choose_cover(labels, opt, self.trigger, self.poisoned, generator(self.seed, "cover"))
         new = labels.clone()
         if opt.target_type != "cleanLabel":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from config import AttackConfig, UserError
+from config import AttackConfig, UserError, convert
 from models import select_model
 from utils.checkpoint import file_hash, load_checkpoint, load_weights, weights_of
 from utils.engine import cross_entropy
@@ -296,9 +296,14 @@ def parts(trigger):
 # ------------------------------------------------------------------------------------------------------------- making
 
 
-def complete(opt):
-    """``opt``, any object with some of the options of ``AttackConfig``, as an ``AttackConfig`` with all of them."""
+def complete(opt, **changes):
+    """``opt``, any object with some of the options of ``AttackConfig``, as an ``AttackConfig`` with all of them.
+
+    ``changes`` that are not None win. Raises ``UserError`` for a value that the command line would refuse.
+    """
     given = {f.name: getattr(opt, f.name) for f in fields(AttackConfig) if hasattr(opt, f.name)}
+    given.update((name, value) for name, value in changes.items() if value is not None)
+    given = {f.name: convert(f, given[f.name], "--") for f in fields(AttackConfig) if f.name in given}
     if given.get("trigger_type") == "auto":
         del given["trigger_type"]
     complete = AttackConfig(**given)
@@ -312,6 +317,8 @@ def make_trigger(opt, shape, state=None):
     ``state`` is the trigger's own part of a checkpoint, where it has one.
     """
     opt = complete(opt)
+    if opt.trigger_type == "none":
+        raise UserError("--trigger_type none: there is no trigger to make")
     if opt.trigger_type not in TRIGGERS:
         raise UserError(f"--trigger_type: one of {', '.join(sorted(TRIGGERS))}, none is allowed, "
                         f"got {opt.trigger_type!r}")

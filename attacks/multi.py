@@ -39,9 +39,9 @@ class MultiTrigger(PatchTrigger):
 
     def which(self, indices, part=None):
         """The trigger, int64 from 0, that each sample carries: its place in the set modulo n, or that of ``part``."""
-        if part is None:
-            return indices % self.opt.n_triggers
-        return torch.full_like(indices, self.parts.index(part))
+        if part in self.parts:
+            return torch.full_like(indices, self.parts.index(part))
+        return indices % self.opt.n_triggers
 
     def __call__(self, images, indices=None, part=None):
         self.ready(images)

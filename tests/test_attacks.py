@@ -1,6 +1,7 @@
 """Triggers by golden pixels, closed forms and properties; label rules; how many samples are poisoned."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from attacks.signal import signal
 from attacks.trojan import optimise, strongest_neurons
 from attacks.wanet import identity_grid, warp_grid
 from config import AttackConfig, UserError
-from data_loader import DatasetBD
+from data_loader import DatasetBD, backdoor_tests
 from models import select_model
 from utils.data import TensorData
 from utils.seeds import generator
@@ -116,7 +117,8 @@ def test_the_fixed_draw_depends_on_its_seed_only(name):
 
 
 @pytest.mark.parametrize(("name", "limit"), [("signalTrigger", 20), ("blendTrigger", 52), ("refoolTrigger", 0),
-                                             ("squareTrigger", 77), ("randomPixelTrigger", 77)])
+                                             ("wanetTrigger", 0), *((f"{name}Trigger", 77) for name in (
+                                                 "square", "randomPixel", "grid", "fourCorner", "multi", "shape"))])
 @pytest.mark.parametrize("value", [0, 255])
 def test_a_saturated_image_does_not_wrap_around(name, limit, value):
     """What a trigger adds to black or white is no more than its own share: a wrapped pixel would move by far more."""
@@ -125,7 +127,29 @@ def test_a_saturated_image_does_not_wrap_around(name, limit, value):
     trigger.see(torch.full((10, 3, 32, 32), value, dtype=torch.uint8))
     moved = (trigger(images).int() - value).abs()
     assert moved.max() <= limit
-    assert moved.any() or name in ("refoolTrigger", "squareTrigger")
+    assert moved.any() or name in ("refoolTrigger", "wanetTrigger", "squareTrigger", "shapeTrigger")
+
+
+def test_bright_reflections_on_a_bright_image_do_not_wrap_around():
+    trigger = attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_weight=0.3), (3, 32, 32))
+    trigger.see(torch.full((10, 3, 32, 32), 200, dtype=torch.uint8))
+    assert trigger(torch.full((40, 3, 32, 32), 255, dtype=torch.uint8)).min() >= 200
+    assert trigger(torch.full((40, 3, 32, 32), 250, dtype=torch.uint8)).min() >= 200
+
+
+def test_random_pixels_are_somewhere_else_each_and_the_same_in_all_images():
+    opt = options(trigger_type="randomPixelTrigger", trig_w=4, trig_h=5)
+    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    rows, cols = trigger.mask.nonzero().unbind(1)
+    assert len(rows) == 20
+    assert rows.max() - rows.min() > 16
+    assert cols.max() - cols.min() > 16
+    assert len(rows.unique()) > 8
+    images = noise(3)
+    out = trigger(images)
+    for image, stamped in zip(images, out, strict=True):
+        assert torch.equal(stamped[:, trigger.mask], trigger.pattern[:, trigger.mask])
+        assert torch.equal(stamped[:, ~trigger.mask], image[:, ~trigger.mask])
 
 
 def test_signal_is_the_closed_form():
@@ -186,8 +210,14 @@ def test_wanet_grid_and_identity():
     images = noise(3)
     assert torch.equal(attacks.make_trigger(options(trigger_type="wanetTrigger", warp_s=0.0), (3, 32, 32))(images),
                        images)
-    shift = (warp_grid(32, 32, 4, 0.5, generator(1)) - identity_grid(32, 32)).abs()
-    assert 0.002 < shift.mean() < 0.5 / 32 * 1.5, "about s / H"
+
+
+def test_wanet_moves_by_the_normalised_field():
+    """At the control points, every tenth pixel of 31, the upsampled field is the field itself."""
+    gen, again = generator(1), generator(1)
+    field = torch.rand(1, 2, 4, 4, generator=again) * 2 - 1
+    shift = (warp_grid(31, 31, 4, 0.5, gen) - identity_grid(31, 31))[10:21:10, 10:21:10]  # the edges are clamped
+    assert torch.allclose(shift, 0.5 / 31 * (field / field.abs().mean())[0, :, 1:3, 1:3].permute(1, 2, 0), atol=1e-5)
 
 
 def test_wanet_noise_is_drawn_anew_and_can_be_repeated():
@@ -225,6 +255,25 @@ def test_shapes():
         assert all(shape_mask(name, n, n).any() for name in attacks.SHAPES)
     assert (stamp(trigger_type="shapeTrigger", trig_shape="circle", trig_w=8, trig_h=8)[0] == 255).sum() \
         == 3 * shape_mask("circle", 8, 8).sum()
+
+
+def test_multi_trigger_places():
+    trigger = attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5), (3, 32, 32))
+    grey = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    for k, (row, col) in enumerate([(28, 28), (28, 1), (1, 28), (1, 1), (14, 14)]):
+        changed = (trigger(grey, part=f"trigger {k + 1}")[0] != 100).any(0)
+        expected = torch.zeros(32, 32, dtype=torch.bool)
+        expected[row:row + 3, col:col + 3] = True
+        assert torch.equal(changed, expected)
+
+
+def test_multi_trigger_with_a_source_class():
+    opt = options(trigger_type="multiTrigger", target_type="classSpecific", n_triggers=3)
+    train = DatasetBD(opt, some_data(), 0.05)
+    _, parts = backdoor_tests(opt, some_data(), train.trigger)
+    assert set(parts) == {"trigger 1", "trigger 2", "trigger 3", "all triggers", "other classes"}
+    assert (parts["trigger 2"].true_labels == 1).all()
+    assert not set(parts["other classes"].true_labels.tolist()) & {1, 5}
 
 
 def test_multi_trigger_parts_and_labels():
@@ -336,13 +385,16 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
 
     opt = options(trigger_type="trojanTrigger", clean_model=clean_model, trig_w=5, trig_h=4)
     trigger = attacks.make_trigger(opt, (3, 32, 32))
-    images = noise(2)
+    images, before = noise(2), noise(2)
     out = trigger(images)
+    assert torch.equal(images, before)
     assert torch.equal(out[:, :, 27:31, 26:31], trigger.pattern[:, 27:31, 26:31].expand(2, -1, -1, -1))
     changed = (out != images)
     changed[:, :, 27:31, 26:31] = False
     assert not changed.any()
     assert torch.equal(attacks.make_trigger(opt, (3, 32, 32)).pattern, trigger.pattern), "cached"
+    shutil.rmtree("data/triggers")
+    assert torch.equal(attacks.make_trigger(opt, (3, 32, 32)).pattern, trigger.pattern), "made anew"
     state = trigger.state()
     other = attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none", trig_w=5, trig_h=4),
                                  (3, 32, 32), state)
@@ -375,6 +427,8 @@ def test_clean_label_stays_in_the_ball_and_touches_the_target_class_only(clean_m
     stamped = train.take(train.poisoned).images
     assert torch.equal(stamped, train.trigger(train.images[train.poisoned])), "four corners on top"
     assert torch.equal(DatasetBD(opt, data, 0.08).images, train.images), "from the cache"
+    shutil.rmtree("data/triggers")
+    assert torch.equal(DatasetBD(opt, data, 0.08).images, train.images), "made anew"
     with pytest.raises(UserError, match="has 10 classes, the target is class 10"):
         DatasetBD(options(**{**vars(opt), "target_label": 10}), some_data(6, n_classes=12), 0.05)
     with pytest.raises(UserError, match="made for --target_type cleanLabel"):
@@ -433,16 +487,122 @@ def test_input_aware_gives_each_image_its_own_trigger_and_trains_jointly(clean_m
         attacks.make_trigger(opt, (1, 28, 28), trigger.state())
 
 
+def test_input_aware_loss_poisons_and_crosses_its_shares():
+    """Seen by a network that keeps what it is shown: 20 of 40 images triggered, 20 with another image's trigger."""
+    shown = {}
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            shown["batch"] = x
+            return torch.zeros(len(x), 10).index_fill(1, torch.tensor([5]), 4.0)
+
+    opt = options(trigger_type="inputAwareTrigger", inject_portion=0.5, diversity_weight=0.0)
+    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    joint, images, labels = trigger.network(Look(), 10), torch.rand(40, 3, 32, 32), torch.zeros(40, dtype=torch.int64)
+    loss, _ = trigger.loss(joint, images, labels)
+    with torch.no_grad():
+        pattern, mask = joint.generators.pattern(images), joint.generators.mask(images)
+        own = torch.lerp(images, pattern, mask)
+        lent = torch.lerp(images, pattern.roll(1, 0), mask.roll(1, 0))
+    assert torch.allclose(shown["batch"][:20], own[:20], atol=1e-5)
+    assert torch.allclose(shown["batch"][20:], lent[20:], atol=1e-5)
+    assert not torch.allclose(own, lent, atol=1e-2)
+    hit, miss = (-torch.log_softmax(torch.tensor([4.0] + [0.0] * 9), 0)[k].item() for k in (0, 1))
+    assert loss.item() == pytest.approx((hit + miss) / 2, rel=1e-5), "half of the labels are the target's"
+
+
+def test_input_aware_masks_stay_small(monkeypatch):
+    sizes = []
+    for weight in (0.0, 1e4):
+        monkeypatch.setattr("attacks.input_aware.MASK_STEPS", 15)
+        monkeypatch.setattr("attacks.input_aware.DENSITY_WEIGHT", weight)
+        trigger = attacks.make_trigger(options(trigger_type="inputAwareTrigger"), (3, 32, 32))
+        trigger.learn_mask(noise(64))
+        with torch.no_grad():
+            sizes.append(trigger.generators.mask(noise(64).float() / 255).mean().item())
+    assert sizes[1] < sizes[0] / 2
+
+
 def test_diversity_by_hand():
     a, b = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     assert diversity(a, b, a, b / 2).item() == pytest.approx(1 / 0.501, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gridTrigger", "squareTrigger", "fourCornerTrigger", "shapeTrigger", "multiTrigger",
-                                  "randomPixelTrigger"])
-def test_bigger_than_the_image(name):
+                                  "randomPixelTrigger", "trojanTrigger", "clTrigger"])
+def test_bigger_than_the_image(name, clean_model):
+    target_type = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
     with pytest.raises(UserError, match="--trig_w 40"):
-        attacks.make_trigger(options(trigger_type=name, trig_w=40, trig_h=40), (3, 32, 32))
+        attacks.make_trigger(options(trigger_type=name, trig_w=40, trig_h=40, clean_model=clean_model,
+                                     target_type=target_type), (3, 32, 32))
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("target_type", "all2al"), ("target_label", -1), ("trig_shape", "star"), ("trig_w", -3), ("trig_w", 0),
+    ("n_triggers", 0), ("n_triggers", 9), ("inject_portion", 1.5), ("inject_portion", -0.1),
+    ("blend_test_alpha", -0.5), ("cover_portion", -0.3), ("trigger_type", "none")])
+def test_what_the_command_line_refuses_is_refused_from_python_too(option, value):
+    name = {"trig_shape": "shapeTrigger", "n_triggers": "multiTrigger"}.get(option, "gridTrigger")
+    with pytest.raises(UserError, match=f"--{option}"):
+        DatasetBD(options(**{"trigger_type": name, option: value}), some_data())
+
+
+def test_arguments_of_the_set_are_checked_like_options():
+    with pytest.raises(UserError, match="--inject_portion"):
+        DatasetBD(options(), some_data(), -0.1)
+    trigger = attacks.make_trigger(options(), (3, 32, 32))
+    for name, value in (("target_label", 3), ("target_type", "all2all")):
+        with pytest.raises(UserError, match=f"--{name} {value}: the trigger that is given was made for"):
+            DatasetBD(options(**{name: value}), some_data(), mode="test", trigger=trigger)
+    with pytest.raises(UserError, match="--trig_distance 7: the trigger that is given was made for -1"):
+        DatasetBD(options(), some_data(), mode="test", trigger=trigger, distance=7)
+    few = TensorData(noise(9), torch.arange(9) % 3, range(3))
+    with pytest.raises(UserError, match="--n_triggers 5.*has 3"):
+        DatasetBD(options(trigger_type="multiTrigger", target_type="multiLabel", n_triggers=5, target_label=1), few)
+
+
+@pytest.mark.parametrize("n_classes", [10, 43, 100])
+@pytest.mark.parametrize("told", ["classes", "subset", "n_classes"])
+def test_all2all_with_any_number_of_classes(n_classes, told):
+    """The set has no image of its last class, so that its labels alone do not tell how many there are."""
+    labels = torch.arange(2 * n_classes) % (n_classes - 1)
+    data = TensorData(noise(len(labels)), labels, range(n_classes))
+    more = {}
+    if told == "subset":
+        data = torch.utils.data.Subset(data, range(len(labels)))
+    elif told == "n_classes":
+        data, more = (data.images, data.labels), {"n_classes": n_classes}
+    opt = options(target_type="all2all")
+    train = DatasetBD(opt, data, 1.0, **more)
+    assert train.labels.tolist() == (labels + 1).tolist()
+    test = DatasetBD(opt, data, mode="test", trigger=train.trigger, **more)
+    assert test.labels.tolist() == (labels + 1).tolist()
+    assert test.true_labels.tolist() == labels.tolist()
+    full = TensorData(noise(n_classes), torch.arange(n_classes), range(n_classes))
+    assert DatasetBD(opt, full, 1.0).labels.tolist() == [*range(1, n_classes), 0]
+
+
+@pytest.mark.parametrize("rule", ["all2one", "all2all", "cleanLabel", "classSpecific"])
+def test_rate_0_and_the_highest_rate_poison_none_and_all(rule):
+    data = some_data()
+    opt = options(target_type=rule)
+    most = 0.1 if rule in ("cleanLabel", "classSpecific") else 1.0
+    none, everything = (DatasetBD(opt, data, rate) for rate in (0.0, most))
+    assert len(none.poisoned) == len(none.cover) == 0
+    assert torch.equal(none.labels, data.labels)
+    assert torch.equal(none.stamped(data.images, torch.arange(len(data))), data.images)
+    assert len(everything.poisoned) == most * len(data)
+    changed = (everything.stamped(data.images, torch.arange(len(data))) != data.images).flatten(1).any(1)
+    expected = torch.zeros(len(data), dtype=torch.bool)
+    expected[torch.cat([everything.poisoned, everything.cover])] = True
+    assert torch.equal(changed, expected)
+
+
+def test_data_that_is_no_set_of_images_is_said_in_one_line():
+    with pytest.raises(UserError, match="no images"):
+        DatasetBD(options(), [])
+    with pytest.raises(UserError, match="different sizes, such as 3 x 32 x 32 and 3 x 8 x 8"):
+        DatasetBD(options(), [(torch.zeros(3, 32, 32), 0), (torch.zeros(3, 8, 8), 1)])
 
 
 def test_presets_are_real_and_have_names():

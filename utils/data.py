@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from config import UserError
 from utils.seeds import generator
 
 NO_FLIP = ("MNIST", "GTSRB")  # a mirrored digit or traffic sign is another one, or none
@@ -64,10 +65,12 @@ class TensorData(Dataset):
         return images
 
 
-def as_tensor_data(data):
+def as_tensor_data(data, n_classes=None):
     """``TensorData`` from itself, a pair (images, labels), or any sequence of (image, label), as the demo passes it.
 
-    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a float tensor (C, H, W) in [0, 1].
+    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a float tensor (C, H, W) in [0, 1]. The class
+    names are those of ``data`` or of what it is a subset of, else the numbers below ``n_classes`` (default: the highest
+    label + 1). Raises ``UserError`` for data without images or with images of different sizes.
     """
     if isinstance(data, TensorData):
         return data
@@ -83,9 +86,18 @@ def as_tensor_data(data):
                 image = torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
             images.append(image)
             labels.append(int(label))
+        sizes = sorted({" x ".join(map(str, image.shape)) for image in images})
+        if len(sizes) != 1:
+            raise UserError(f"the images have different sizes, such as {sizes[0]} and {sizes[1]} (channels x height x "
+                            f"width): resize them first" if sizes else "the data set has no images")
         images, labels = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
-    classes = getattr(data, "classes", None) or range(int(labels.max()) + 1)
-    return TensorData(images, labels, classes)
+    whole = data
+    while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a torch.utils.data.Subset
+        whole = whole.dataset
+    least = int(labels.max()) + 1
+    if n_classes is not None and n_classes < least:
+        raise UserError(f"n_classes {n_classes}: the data has labels up to {least - 1}")
+    return TensorData(images, labels, getattr(whole, "classes", None) or range(n_classes or least))
 
 
 class Augment:
