@@ -36,6 +36,7 @@ import leaderboard
 import main as erasing
 import train_badnet as training
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, student_file
+from data_loader import source_of
 from leaderboard import SIX
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
@@ -86,8 +87,9 @@ class Cell:
     shipped: bool = False  # of one that trains a network: it is there
 
     def files(self):
-        """The hashes of the files that the run starts from, by option; a network that is not there yet by its name."""
-        found = start_of(self.config)
+        """The hashes of the files that the run starts from, by option; a network that is not there yet by its name.
+        And what its data is read from."""
+        found = {**start_of(self.config), "data": source_of(self.config)}
         if self.defense and not found["s_model"]:
             found["s_model"] = self.config.s_model
         return found
@@ -124,12 +126,13 @@ def what_counts(stored, files):
 
 def key_of(record):
     """The key of the cell that left the result line ``record``."""
-    return what_counts(record["config"], record["inputs"])
+    return what_counts(record["config"], {**record["inputs"], "data": record["data"].partition(" (")[0]})
 
 
 def results(path):
     """The lines of the results file ``path`` that are cells of today's version and defenses."""
-    return [r for r in read_lines(path) if r.get("version") == VERSION and {"cell", "config", "inputs"} <= set(r)
+    needed = {"cell", "config", "data", "inputs"}
+    return [r for r in read_lines(path) if r.get("version") == VERSION and needed <= set(r)
             and r["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES]
 
 
@@ -199,7 +202,7 @@ def network_of(attack, options, out):
             raise UserError(f"--attacks {attack}: {path} was trained with another attack ({found or 'a variant'}); "
                             f"--train_options epochs=30 trains another")
         return Cell(attack, "", config, shipped=True)
-    digest = hashlib.sha256(what_counts(as_dict(config), {}).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(what_counts(as_dict(config), {"data": source_of(config)}).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
     config.checkpoint_root = str(out / "networks" / f"{slug}-{digest}")
     return Cell(attack, "", config)

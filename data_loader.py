@@ -199,14 +199,14 @@ def load_data(config, train):
     split = "train" if train else "test"
     wanted = config.train_size if train else config.test_size
     root = data_root(config)
-    if name == "shapes10":
+    if source_of(config) == "generated":
         size = wanted or (50_000 if train else 10_000)
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
         data.source = "generated"
         return resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
-    if name == "folder" or (name == "CIFAR10" and (root / "train").is_dir()):
+    if source_of(config) == "image files":
         data = load_folder(root, split, config.image_size or 32, name)
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
@@ -217,6 +217,14 @@ def load_data(config, train):
             raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
         data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
     return data
+
+
+def source_of(config):
+    """What the data set of ``config`` is read from, the word that ``TensorData.source`` begins with."""
+    if config.dataset == "shapes10":
+        return "generated"
+    files = config.dataset == "folder" or (config.dataset == "CIFAR10" and (data_root(config) / "train").is_dir())
+    return "image files" if files else "torchvision"
 
 
 def tensor_data(images, labels, classes):

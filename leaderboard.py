@@ -3,6 +3,7 @@
 Lines are put together if they differ in the seed only; of lines with the same configuration and seed the newest counts.
 """
 
+import itertools
 import re
 import statistics
 
@@ -14,6 +15,8 @@ from utils.files import write_atomically
 NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every",
               "beside")  # options that do not decide a result, or are what runs are put together over
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of the NAD paper
+MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the others get tables of their own
+WIDE = 8  # columns of a table
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
     "": {"BadNets": (91.32, 95.03), "Blend": (93.47, 99.92), "CL": (84.59, 99.92), "SIG": (84.48, 98.27),
          "WaNet": (91.25, 89.73), "Input-aware": (90.67, 98.26), "Trojan": (93.42, 100)},
@@ -76,11 +79,12 @@ def data_name(config):
 
 
 def setting(record):
-    """What the table that ``record`` belongs to is about: architecture and data."""
+    """What the table that ``record`` belongs to is about: architecture, data and which attacks."""
     c = record["config"]
     others = "".join(f", {name} {c[name]}" for name, f in DataConfig.__dataclass_fields__.items()
                      if name not in ("dataset", "data_root") and c.get(name, f.default) != f.default)
-    return f"{c['s_name']}, {data_name(c)} ({record['data']}{others})"
+    rest = "" if record["cell"]["attack"] in MAIN else ", other attacks"
+    return f"{c['s_name']}, {data_name(c)} ({record['data']}{others}){rest}"
 
 
 def by_setting(records):
@@ -138,8 +142,7 @@ def columns_of(records):
     for attack, networks in names.items():
         for k, network in enumerate(networks):
             found[network] = f"{attack} ({k + 1})" if len(networks) > 1 else attack
-    order = [*SIX, "WaNet", "Input-aware"]
-    return dict(sorted(found.items(), key=lambda pair: order.index(pair[1]) if pair[1] in order else len(order)))
+    return dict(sorted(found.items(), key=lambda pair: MAIN.index(pair[1]) if pair[1] in MAIN else len(MAIN)))
 
 
 def arranged(records):
@@ -166,16 +169,21 @@ def block(name, records):
     count = seeds_of(found for row in rows.values() for found in row.values())
     reported = REPORTED if records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
     out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
-    for k, title in (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+    metrics = (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA"))
+    for start, (k, title) in itertools.product(range(0, len(columns), WIDE), metrics):
+        part = columns[start:start + WIDE]
+
         def beside(defense, column, k=k):
             value = reported.get(defense, {}).get(column)
             return "" if value is None or k == "ra" else f" ({value[k == 'asr']:g})"
 
-        out += [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|",
-                f"| backdoored | {' | '.join(spread([before[a][k]], 1) + beside('', a) for a in columns)} |"]
+        out += [f"| {title} | {' | '.join(part)} |", "|---" * (len(part) + 1) + "|",
+                f"| backdoored | {' | '.join(spread([before[a][k]], 1) + beside('', a) for a in part)} |"]
         for row, found in rows.items():
+            if found.keys().isdisjoint(part):
+                continue
             cells = []
-            for a in columns:
+            for a in part:
                 runs = list(found.get(a, {}).values())
                 plain = runs and set(changes(runs[0]["config"])) <= set(shared)
                 cells.append((spread([outcome(r)[k] for r in runs], 1) if runs else "")

@@ -185,6 +185,23 @@ def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
     assert key({**trained, "sig_delta": 3.0}, "") == key(trained, "")
 
 
+def test_data_of_another_kind_make_another_cell(workplace):
+    """CIFAR-10's lossless files, put where its JPEG copy was, have the same options."""
+    def network():
+        grid = {"attacks": ["BadNets"], "defenses": ["nad"], "seeds": ["1"], "train_options": ["epochs=1"]}
+        return Path(benchmark.cells_of(grid, Path("out"))[-1].config.s_model).parent
+
+    cell = benchmark.Cell("BadNets", "nad", EraseConfig(seed=1, s_model="m"))
+    files, lossless = line(1, 2.0, network="m"), {**line(1, 2.0, network="m"), "data": "torchvision"}
+    place = network()
+    assert benchmark.key_of(lossless) == cell.key() != benchmark.key_of(files)
+    Path("data/CIFAR10/train").mkdir(parents=True)
+    assert benchmark.key_of(files) == cell.key() != benchmark.key_of(lossless)
+    assert network() != place
+    assert benchmark.source_of(EraseConfig(dataset="folder", data_root="x")) == "image files"
+    assert benchmark.source_of(EraseConfig(dataset="shapes10")) == "generated"
+
+
 @pytest.mark.parametrize(("args", "text"), [
     (["--defenses", "clp", "--seeds", "1", "--attacks", "Nothing"], "--attacks Nothing: one of BadNets; "),
     (["--defenses", "x", "--seeds", "1"], "--defenses x: one of anp; clp"),
@@ -258,6 +275,18 @@ def test_two_networks_of_one_attack_are_two_columns():
     assert "| ASR | BadNets (1) | BadNets (2) |" in text
     assert "| NAD | 2.0 | 5.0 ± 1.4 |" in text
     assert leaderboard.render([line(1, 2.0), line(1, 4.0, test_size=9)]).count("| ASR | BadNets |") == 2
+
+
+def test_attacks_without_a_shipped_network_have_tables_of_their_own_that_are_not_too_wide():
+    names = [f"Shape, {k}" for k in range(leaderboard.WIDE + 1)]
+    text = leaderboard.render([line(1, 2.0), *(line(1, 3.0, attack=name) for name in names),
+                               line(1, 4.0, "clp", names[-1])])
+    main, others = text.split("\n\n**")
+    assert "| ASR | BadNets |" in main
+    assert "other attacks; seeds" in others
+    first, second = (others.split(f"| ASR | {name}")[1].split("\n\n")[0] for name in (names[0], names[-1]))
+    assert (first.splitlines()[0].count("|"), first.count("CLP")) == (leaderboard.WIDE, 0)
+    assert second.splitlines()[3:] == ["| CLP | 4.0 |", "| NAD | 3.0 |"]
 
 
 def test_a_lost_line_is_made_again(done, monkeypatch, tmp_path):
