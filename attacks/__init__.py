@@ -25,6 +25,8 @@ PRESETS = {  # the attacks of the papers by name: the options that differ from t
     "BadNets, square": {"trigger_type": "squareTrigger"},
     "BadNets, four corners": {"trigger_type": "fourCornerTrigger"},
     "BadNets, random pixels": {"trigger_type": "randomPixelTrigger"},
+    "BadNets, all2all": {"target_type": "all2all"},
+    "Blend, all2all": {"trigger_type": "blendTrigger", "target_type": "all2all"},
     "Trojan": {"trigger_type": "trojanTrigger"},
     "Blend": {"trigger_type": "blendTrigger"},
     "CL": {"trigger_type": "clTrigger", "target_type": "cleanLabel", "target_label": 0, "inject_portion": 0.08},
