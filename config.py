@@ -236,6 +236,7 @@ class EraseConfig(SubjectConfig):
                           low=0.0)
     sage_beta: float = option(300.0, "sage", "weight of each path's loss, in the form that --at_loss says; as mean of "
                                              "squares it weighs far less [paper: 300 times the l2 norm]", low=0.0)
+    sage_betas: list = option([], "sage", "such a weight for each path of its own (default: --sage_beta for all)")
     sage_paths: list = option([], "sage", "paths such as 1-2 2-3 between stages, the shallow one teaches (default: "
                                           "each stage and the next [paper])")
     sage_lr: float = option(0.01, "sage", "learning rate at first", low=0.0)
@@ -269,7 +270,8 @@ class EraseConfig(SubjectConfig):
     ibau_iterations: int = option(5, "ibau", "fixed-point iterations of the hypergradient [paper]", low=0)
     ftsam_lr: float = option(0.01, "ftsam", "learning rate", low=0.0)
     ftsam_rho: float = option(2.0, "ftsam", "radius of the disturbance of the weights [BackdoorBench]", low=0.0)
-    first: str = option("", "erasing", "defense that needs no training and is applied before --defense",
+    first: str = option("", "erasing", "defense that needs no training and is applied before --defense, which then "
+                                       "trains all weights",
                         choices=("", "clp", "pruning"))
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,

@@ -83,6 +83,10 @@ def cleanse(subject, config, folder):
         say(f"{label:>3} {subject.clean.classes[label][:12]:<12}{triggers.norms[k]:>14.2f}{sizes[k]:>15.0%}"
             f"{index[k]:>15.2f}{100 * triggers.success[k]:>12.2f}{mark}")
     labels = [triggers.labels[k] for k in suspects]
+    failed = int((triggers.success < neural_cleanse.WORKS).sum())
+    if failed:
+        say(f"note: no working trigger was found for {failed} of {len(triggers.labels)} labels, so that the index says "
+            f"little; try more --nc_steps")
     say(f"\nNeural Cleanse: {verdict(labels, sizes[suspects].tolist())} "
         f"({seconds:.0f} s; an anomaly index above 2 on the side of small masks counts)")
     shown = suspects[0] if suspects else int(triggers.norms.argmin())

@@ -45,6 +45,9 @@ def main(config):
     defenses.check(model, clean, config)
     say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
+    if len(clean) < config.batch_size:
+        say(f"note: {len(clean)} clean images are fewer than --batch_size {config.batch_size}: an epoch of training is "
+            f"one step on all of them")
 
     about = subject.about()
 

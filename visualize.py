@@ -7,7 +7,7 @@
     python visualize.py threshold                   # ACC and ASR against the number of pruned channels
     python visualize.py curves                      # ACC and ASR per epoch of the last run with --eval_every
 
-Needs matplotlib (pip install matplotlib), which nothing else here does.
+Needs matplotlib (pip install matplotlib); elsewhere only detect.py's and benchmark.py's figures do.
 """
 
 import sys
@@ -267,6 +267,9 @@ def curves(config):
                 axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], marker=".", label=stage)
         axis.set(xlabel="epoch", ylabel=f"{title}, percent")
         axis.legend()
+    about = runs[-1]["config"]
+    figure.suptitle(", ".join(about[name] for name in ("trigger_type", "s_name", "defense") if about.get(name)),
+                    fontsize=10)
     save(figure, config, "curves")
 
 

@@ -26,13 +26,18 @@ def get(name):
 
 def check(model, clean_data, config):
     """Raise ``UserError`` if ``config.first`` or ``config.defense`` cannot erase ``model`` with ``clean_data``."""
+    clean_data = clean_data.to(next(model.parameters()).device)
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):
             get(name).check(model, clean_data, config)
 
 
 def begin(model, clean_data, config, progress=None):
-    """What the defense starts from: ``model``, or what the defense ``config.first`` makes of it."""
+    """What the defense starts from: ``model``, or what the defense ``config.first`` makes of it.
+
+    The defense trains all weights: a channel that was switched off with its BatchNorm stays off, since a ReLU has no
+    slope at 0; one that has none behind it, such as a residual block's last convolution in a WRN, may come back.
+    """
     return get(config.first).erase(model, clean_data, config, progress) if config.first else model
 
 

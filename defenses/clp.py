@@ -4,7 +4,8 @@
     switched off         : bound > mean + u std over the layer's channels, u = 3 [paper]
 
 A convolution whose output a BatchNorm takes counts with that BatchNorm's scale, and the BatchNorm's channel is
-switched off; which one takes it is seen by running an image through the network. Others count alone.
+switched off; which one takes it is seen by running an image through the network. Others, and those before a BatchNorm
+without scale or statistics, count alone.
 """
 
 import torch
@@ -27,7 +28,7 @@ def pairs(model, images):
                 made[id(output)] = (name, output)  # kept, so that no other tensor gets the same identity
                 found[name] = None
             handles.append(module.register_forward_hook(note))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             def follow(_module, inputs, name=name):
                 if id(inputs[0]) in made:
                     found[made[id(inputs[0])][0]] = name
@@ -52,10 +53,13 @@ def erase(model, clean_data, config, progress=None):
     """A copy of ``model`` without the channels whose bound stands out."""
     clean_data = clean_data.to(next(model.parameters()).device)
     model = clone(model).eval()
-    modules = dict(model.named_modules())
+    modules, count = dict(model.named_modules()), 0
     for conv, norm in pairs(model, clean_data.images):
         bound = bounds(modules[conv], modules[norm] if norm else None)
         if len(bound) > 1:
             out = (bound > bound.mean() + config.clp_u * bound.std()).nonzero().flatten()
             zero_channels(model, norm or conv, out)
+            count += len(out)
+    if progress and not count:
+        progress.note("CLP: no channel stands out, the network stays as it is")
     return model

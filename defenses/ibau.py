@@ -46,12 +46,13 @@ def find_perturbation(model, data, config, gen):
 
 
 def hypergradient(model, images, labels, d, config):
-    """(H, its gradient by each parameter of ``model``, a list of tensors) of a batch at the perturbation ``d``."""
+    """(H, its gradient by each parameter of ``model``, a list of tensors; None where one is not used) of a batch at the
+    perturbation ``d``."""
     weights = list(model.parameters())
     d = d.clone().requires_grad_()
     there = torch.arange(len(images), device=images.device) < max(1, round(config.ibau_share * len(images)))
     outer = F.cross_entropy(model((images + d * there[:, None, None, None]).clamp(0, 1)), labels)
-    *direct, v = torch.autograd.grad(outer, [*weights, d])
+    *direct, v = torch.autograd.grad(outer, [*weights, d], allow_unused=True)
     slope, = torch.autograd.grad(inner(model, images, labels, d, config.ibau_penalty), d, create_graph=True)
     phi = d - config.ibau_eta * slope
     total = v

@@ -46,6 +46,8 @@ def erase(model, clean_data, config, progress=None, trigger=None):
     clean_data = clean_data.to(next(model.parameters()).device)
     rest, held = split_off(clean_data, config.held_out, config.seed)
     trigger = trigger or smallest(reversed_before(model, clean_data, config, progress))
+    if progress and trigger.success[0] < WORKS:
+        progress.note("l-inf pruning: no trigger was found that works for any label; more --nc_steps may find one")
     layer = last_layer(model, rest.images, config.prune_layer)
     order = raised(model, layer, rest.images, trigger, [0])[config.linf_norm].argsort(descending=True)
     points = sweep(model, layer, order, lambda m: (accuracy(m, held), success(m, held, trigger, 0)))

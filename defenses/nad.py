@@ -71,8 +71,11 @@ def make_teacher(model, clean_data, config, progress=None):
         return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, config.teacher_lr_schedule,
                     "teacher", progress, SAMLoss(config.teacher_rho) if config.teacher_rho else cross_entropy)
     channels, size = clean_data.shape[0], clean_data.shape[1]
-    teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model, clean_data.n_classes,
-                           in_channels=channels, image_size=size, normalize=config.normalize)
+    try:
+        teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model,
+                               clean_data.n_classes, in_channels=channels, image_size=size, normalize=config.normalize)
+    except UserError as e:
+        raise UserError(str(e).replace("--s_name", "--t_name")) from None
     return teacher.to(next(model.parameters()).device)
 
 

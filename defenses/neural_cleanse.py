@@ -13,6 +13,7 @@ Where no label stands out, the network stays as it is.
 """
 
 import hashlib
+import itertools
 import time
 
 import torch
@@ -51,6 +52,11 @@ class Triggers:
 
     def stamp(self, images, k):
         """uint8 ``images`` (N, C, H, W) with the triggers number ``k``, an int or int64 ``(N,)``."""
+        size = 1000  # at once, for the memory
+        which = k.split(size) if torch.is_tensor(k) else itertools.repeat(k)
+        return torch.cat([self.stamp_some(part, k) for part, k in zip(images.split(size), which, strict=False)])
+
+    def stamp_some(self, images, k):
         m, d = self.masks[k].to(images.device), self.patterns[k].to(images.device)
         return (images.float() * (1 - m) + 255 * m * d).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -89,11 +95,12 @@ def reversed_before(model, data, config, progress=None):
                 "seconds": time.perf_counter() - start}
 
     if config.save:
-        content = [*model.state_dict().values(), data.images]
-        digest = hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in content)).hexdigest()
+        content = [t.cpu().contiguous().flatten() for t in (*model.state_dict().values(), data.images)]
+        digest = hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in content)).hexdigest()
         device = next(model.parameters()).device
-        key = (VERSION, digest, config.s_name, config.normalize, str(device), use_bf16(config.amp, device), config.seed,
-               config.nc_steps, config.nc_batch_size, config.nc_lr, config.nc_lambda)
+        key = (VERSION, digest, data.n_classes, config.s_name, config.normalize, str(device),
+               use_bf16(config.amp, device), config.seed, config.nc_steps, config.nc_batch_size, config.nc_lr,
+               config.nc_lambda)
         made = cached("reversed", key, search)
     else:
         made = search()
@@ -103,6 +110,15 @@ def reversed_before(model, data, config, progress=None):
     found = Triggers(made["labels"], *(made[name].to(there) for name in ("masks", "patterns", "success")))
     found.seconds = made["seconds"]
     return found
+
+
+def adapted(weight, above, below, good):
+    """(lambda_t of each label, float32 (L,), checks in a row that reached 99%, those that did not, int64 (L,)) after a
+    check that reached it where ``good``, bool (L,)."""
+    above, below = torch.where(good, above + 1, 0), torch.where(good, 0, below + 1)
+    weight = torch.where(above >= PATIENCE, weight * RAISE, weight)
+    weight = torch.where(below >= PATIENCE, weight / RAISE**1.5, weight)
+    return weight, above % PATIENCE, below % PATIENCE
 
 
 def reverse_some(model, data, config, labels, progress):
@@ -139,10 +155,7 @@ def reverse_some(model, data, config, labels, progress):
                     best_norm = torch.where(better, sizes, best_norm)
                     best_mask = torch.where(better[:, None, None, None], m, best_mask)
                     best_pattern = torch.where(better[:, None, None, None], d, best_pattern)
-                    above, below = torch.where(good, above + 1, 0), torch.where(good, 0, below + 1)
-                    weight = torch.where(above >= PATIENCE, weight * RAISE, weight)
-                    weight = torch.where(below >= PATIENCE, weight / RAISE**1.5, weight)
-                    above, below = above % PATIENCE, below % PATIENCE
+                    weight, above, below = adapted(weight, above, below, good)
                     hits.zero_()
             adam.step()
             if bar is not None:

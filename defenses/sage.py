@@ -65,10 +65,11 @@ def paths(model, config):
 
 
 class SADLoss:
-    """``loss(model, images, labels) -> (loss, logits)``: cross-entropy and the self-attention terms of ``pairs``."""
+    """``loss(model, images, labels) -> (loss, logits)``: cross-entropy and the self-attention terms of ``pairs``, each
+    with its own of the ``betas``."""
 
-    def __init__(self, pairs, beta, p=2.0, attention="sum", form="demo"):
-        self.pairs, self.beta, self.p, self.attention, self.form = pairs, beta, p, attention, form
+    def __init__(self, pairs, betas, p=2.0, attention="sum", form="demo"):
+        self.pairs, self.betas, self.p, self.attention, self.form = pairs, betas, p, attention, form
         self.layers = sorted({name for pair in pairs for name in pair})
 
     def __call__(self, model, images, labels):
@@ -78,14 +79,27 @@ class SADLoss:
         for name, f in features.items():
             needs_pixels(name, f)
         loss = F.cross_entropy(logits, labels)
-        for shallow, deep in self.pairs:
+        for (shallow, deep), beta in zip(self.pairs, self.betas, strict=True):
             target = features[shallow].detach()
-            loss = loss + self.beta * at_loss(features[deep], target, self.p, self.attention, self.form)
+            loss = loss + beta * at_loss(features[deep], target, self.p, self.attention, self.form)
         return loss, logits
 
 
 def make_loss(model, config):
-    return SADLoss(paths(model, config), config.sage_beta, config.p, config.attention, config.at_loss)
+    pairs = paths(model, config)
+    return SADLoss(pairs, weights(pairs, config), config.p, config.attention, config.at_loss)
+
+
+def weights(pairs, config):
+    """The beta of each of ``pairs``: ``--sage_betas``, or ``--sage_beta`` for all. Raises ``UserError``."""
+    try:
+        betas = [float(text) for text in config.sage_betas] or [config.sage_beta] * len(pairs)
+    except ValueError:
+        betas = []
+    if len(betas) != len(pairs) or not all(0 <= beta < float("inf") for beta in betas):
+        raise UserError(f"--sage_betas {' '.join(config.sage_betas)}: a number of at least 0 for each path is needed; "
+                        f"the paths are {', '.join('-'.join(pair) for pair in pairs)}")
+    return betas
 
 
 def check(model, clean_data, config):

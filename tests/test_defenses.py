@@ -17,7 +17,7 @@ from defenses import anp, clp, ftsam, ibau, linf_pruning, mcr, nad, neural_clean
 from models import Features, build
 from utils.channels import KeptAtZero, channel_norms, last_layer, split_off, zero_channels
 from utils.data import Batches, TensorData, to_float
-from utils.engine import clone, cross_entropy, fit
+from utils.engine import Progress, clone, cross_entropy, fit
 
 
 def toy(n=64, classes=10, size=16):
@@ -30,6 +30,13 @@ def short(**changes):
                "nc_steps": 20, "nc_batch_size": 2, "anp_steps": 3, "anp_batch_size": 32, "ibau_rounds": 1,
                "ibau_batch_size": 32, "ibau_iterations": 2, "save": False}
     return EraseConfig(**{**options, **changes})
+
+
+class Notes(Progress):
+    said = ""
+
+    def note(self, text):
+        self.said += text
 
 
 def network(seed=0):
@@ -75,6 +82,7 @@ def test_the_last_layer_is_the_last_that_runs():
         with pytest.raises(UserError, match="--prune_layer: which channels of .* name a layer: features"):
             last_layer(build(f"torchvision:{name}", 10), toy(4, size=64).images)
     assert last_layer(build("torchvision:squeezenet1_1", 10), toy(4, size=64).images, "features.12.expand3x3")
+    assert last_layer(build("WRN-10-1", 64), toy(4).images) == "bn1", "as many channels as classes"
     with pytest.raises(UserError, match="--prune_layer nowhere.*block1.layer.0.conv1"):
         last_layer(network(), toy().images, "nowhere")
 
@@ -149,6 +157,17 @@ def test_dormant_channels_go_while_accuracy_holds():
     assert len(every) == 63
 
 
+def test_fine_pruning_leaves_pruned_channels_at_zero():
+    for arch, layer, weight, dim in (("ResNet18", "", "fc.weight", 1),
+                                     ("WRN-10-1", "block3.layer.0.conv2", "block3.layer.0.conv2.weight", 0)):
+        torch.manual_seed(0)
+        model, config = build(arch, 10).eval(), short(s_name=arch, prune_layer=layer, prune_drop=100.0)
+        gone = pruning.dormant(model, toy(), config)[1]
+        erased = defenses.get("fine_pruning").erase(model, toy(), config).get_parameter(weight)
+        assert not erased.index_select(dim, gone).any()
+        assert not torch.equal(erased, model.get_parameter(weight).index_fill(dim, gone, 0)), "the others were trained"
+
+
 def test_held_out_parts_have_every_class_and_small_sets_are_refused():
     rest, held = split_off(toy(64), 0.2, 1)
     assert len(rest) + len(held) == 64
@@ -167,9 +186,25 @@ def test_clp_prunes_the_channel_that_stands_out():
         * norm.weight.abs() / (norm.running_var + 1e-5).sqrt()
     assert torch.allclose(clp.bounds(conv, norm), expected, rtol=1e-4)
     conv.weight.data[3] *= 50
-    erased = clp.erase(model, toy(), short())
+    conv.weight.data[4] *= 15  # above the mean, within three standard deviations
+    notes = Notes()
+    erased = clp.erase(model, toy(), short(), notes)
     assert erased.block3.layer[0].bn2.weight[3] == 0
     assert (erased.block3.layer[0].bn2.weight != 0).sum() == 63
+    assert not notes.said
+    clp.erase(model, toy(), short(clp_u=1000.0), notes)
+    assert "no channel stands out" in notes.said
+
+
+def test_clp_of_a_batchnorm_without_scale_or_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40, affine=False), nn.Conv2d(40, 40, 3),
+                          nn.BatchNorm2d(40, track_running_stats=False), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.rand(2, 3, 16, 16))
+    for k in (0, 2):
+        model[k].weight.data[7] *= 50
+    erased = clp.erase(model, toy(), short())
+    assert [k for k in range(40) if not erased[0].weight[k].any()] == [7]
+    assert [k for k in range(40) if not erased[2].weight[k].any()] == [7]
 
 
 def test_erase_begins_with_the_first_defense_and_checks_both():
@@ -186,33 +221,82 @@ def test_erase_begins_with_the_first_defense_and_checks_both():
             defenses.erase(model, data, short(prune_layer="nowhere", **wrong))
 
 
-def test_linf_pruning_prunes_the_planted_channel():
+class Planted(nn.Module):
     """Channel 7 of the last layer answers to a white corner only, and it alone makes class 3."""
-    class Planted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 12, 1, bias=False)
-            self.fc = nn.Linear(12, 10)
 
-        def forward(self, x):
-            f = F.relu(self.conv(x))
-            return self.fc(torch.cat([f.mean((2, 3))[:, :7], f[:, 7:8, -1, -1], f.mean((2, 3))[:, 8:]], 1))
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 1, bias=False)
+        self.fc = nn.Linear(12, 10)
+        self.conv.weight.data[7] = 1.0
+        self.fc.weight.data[:, 7] = 50.0 * (torch.arange(10) == 3)
 
+    def forward(self, x):
+        f = F.relu(self.conv(x))
+        return self.fc(torch.cat([f.mean((2, 3))[:, :7], f[:, 7:8, -1, -1], f.mean((2, 3))[:, 8:]], 1))
+
+
+@pytest.fixture
+def planted():
+    """(``Planted``, data under its own labels, the trigger)"""
     torch.manual_seed(0)
     model, data = Planted(), toy(60)
     data.images[:, :, -1, -1] = 0
-    model.fc.weight.data[:, 7] = 50.0 * (torch.arange(10) == 3)
-    model.conv.weight.data[7] = 1.0
-    data.labels = torch.cat([model(to_float(data.images)).argmax(1)])
+    data.labels = model(to_float(data.images)).argmax(1)
     data.labels[:20] = torch.arange(20) % 10  # every class is there
     trigger = neural_cleanse.Triggers([3], torch.zeros(1, 1, 16, 16), torch.ones(1, 3, 16, 16), torch.ones(1))
     trigger.masks[0, 0, -1, -1] = 1
+    return model, data, trigger
+
+
+def test_checks_run_on_the_device_of_the_network():
+    """The meta device stands in for a GPU."""
+    for name in ("nad", "sage"):
+        defenses.check(network().to("meta"), toy(), short(defense=name))
+
+
+def test_linf_pruning_prunes_the_planted_channel(planted, monkeypatch):
+    model, data, trigger = planted
     assert neural_cleanse.raised(model, "conv", data.images, trigger, [0])["linf"].argmax() == 7
     assert neural_cleanse.success(model, data, trigger, 0) == 100
+    seen = []
+    monkeypatch.setattr(linf_pruning, "accuracy", lambda m, d, own=linf_pruning.accuracy: seen.append(d) or own(m, d))
     erased = linf_pruning.erase(model, data, short(linf_drop=100.0, held_out=0.5), trigger=trigger)
     assert (erased.conv.weight[7] == 0).all()
     assert (model.conv.weight[7] == 1).all()
     assert neural_cleanse.success(erased, data, trigger, 0) < 50
+    held = split_off(data, 0.5, short().seed)[1]
+    assert seen
+    assert all(torch.equal(d.images, held.images) for d in seen), "how many is chosen on the held-out part"
+
+
+def test_neural_cleanse_prunes_the_planted_channel_alone(planted):
+    model, data, trigger = planted
+    erased = neural_cleanse.prune(model, data, short(prune_drop=100.0, held_out=0.5), trigger, [0])
+    assert [k for k in range(12) if not erased.conv.weight[k].any()] == [7]
+
+
+def test_several_triggers_count_by_what_any_of_them_raises_most(planted):
+    model, data, trigger = planted
+    both = neural_cleanse.Triggers([3, 4], torch.cat([trigger.masks, 0 * trigger.masks]),
+                                   trigger.patterns.repeat(2, 1, 1, 1), torch.ones(2))
+    one, two, any_of = (neural_cleanse.raised(model, "conv", data.images, both, k)["linf"] for k in ([0], [1], [0, 1]))
+    assert not two.any()
+    assert torch.equal(any_of, torch.maximum(one, two))
+    assert any_of[7] == one[7] > 0.1
+
+
+def test_linf_pruning_takes_the_smallest_trigger_that_works(planted):
+    model, data, trigger = planted
+    masks = torch.cat([trigger.masks, 2 * trigger.masks, 3 * trigger.masks])
+    three = neural_cleanse.Triggers([3, 4, 5], masks, trigger.patterns.repeat(3, 1, 1, 1), torch.ones(3))
+    three.success = torch.tensor([0.4, 0.6, 0.9])
+    assert linf_pruning.smallest(three).labels == [4]
+    three.success = torch.tensor([0.4, 0.3, 0.1])
+    assert linf_pruning.smallest(three).labels == [3]
+    notes = Notes()
+    linf_pruning.erase(model, data, short(held_out=0.5), notes, linf_pruning.smallest(three))
+    assert "no trigger was found that works" in notes.said
 
 
 def test_linf_pruning_takes_the_fewest_channels_that_stop_the_synthetic_trigger():
@@ -286,9 +370,9 @@ def test_the_rate_is_halved_by_c1_and_c2():
 
 def test_self_attention_is_zero_where_the_maps_agree_and_its_target_is_detached():
     model, images, labels = network().train(), torch.rand(4, 3, 16, 16), torch.arange(4)
-    same, _ = sage.SADLoss([("block1", "block1")], 300.0)(model, images, labels)
+    same, _ = sage.SADLoss([("block1", "block1")], [300.0])(model, images, labels)
     assert same.item() == pytest.approx(F.cross_entropy(model(images), labels).item(), abs=1e-5)
-    loss, _ = sage.SADLoss([("block1", "block2")], 1e6)(model, images, labels)
+    loss, _ = sage.SADLoss([("block1", "block2")], [1e6])(model, images, labels)
     plain = cross_entropy(model, images, labels)[0]
     term = loss - plain
     assert term > 1
@@ -299,11 +383,38 @@ def test_self_attention_is_zero_where_the_maps_agree_and_its_target_is_detached(
     # with what block2 gets cut off from block1, nothing reaches block1: its map is a target
     model.zero_grad()
     handle = model.block2.register_forward_pre_hook(lambda _module, inputs: (inputs[0].detach(),))
-    loss, _ = sage.SADLoss([("block1", "block2")], 1e6)(model, images, labels)
+    loss, _ = sage.SADLoss([("block1", "block2")], [1e6])(model, images, labels)
     loss.backward()
     handle.remove()
     assert through_both.abs().max() > 0
     assert model.block1.layer[0].conv1.weight.grad is None
+
+
+def test_sage_trains_with_its_own_rate_and_rule(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sage, "fit", lambda *_, lr, lr_schedule, **__: asked.append((lr, lr_schedule)))
+    for rule in ("dynamic", "fixed", "step"):
+        sage.erase(network(), toy(), short(sage_lr=0.03, ft_lr=0.7, sage_rate=rule, sage_interval=1, sage_rho=1.0))
+    assert [lr for lr, _ in asked] == [0.03] * 3
+    assert [rule for _, rule in asked[1:]] == ["constant", "tenths"]
+    assert asked[0][1]([3.0, 2.0, 2.5, 2.6]) == 0.25
+
+
+def test_each_path_has_its_beta():
+    model, data = network().eval(), toy(8)
+    images, labels = to_float(data.images), data.labels
+
+    def term(**options):
+        return (sage.make_loss(model, short(**options))(model, images, labels)[0]
+                - cross_entropy(model, images, labels)[0]).item()
+
+    first, second = (term(sage_paths=[path], sage_beta=1000.0) for path in ("1-2", "2-3"))
+    assert first != pytest.approx(second, rel=0.05)
+    assert term(sage_betas=["1000", "3000"]) == pytest.approx(first + 3 * second, rel=1e-3)
+    assert term(sage_beta=1000.0) == pytest.approx(first + second, rel=1e-3)
+    for wrong in (["1"], ["1", "2", "3"], ["1", "x"], ["1", "-1"], ["1", "inf"]):
+        with pytest.raises(UserError, match="--sage_betas .*the paths are block1-block2, block2-block3"):
+            sage.check(model, data, short(sage_betas=wrong))
 
 
 def test_paths():
@@ -331,6 +442,32 @@ def test_the_ends_of_the_curve_are_the_two_models():
     assert torch.allclose(middle, 0.25 * w_a["fc.bias"] + 0.5 * theta["fc.bias"] + 0.25 * w_b["fc.bias"])
 
 
+def test_the_bend_learns_at_random_points_of_the_curve():
+    a, b, bend, data = network(0), network(1), network(2), toy(8)
+    images, labels = to_float(data.images), data.labels
+    torch.manual_seed(7)
+    t = torch.rand(())
+    torch.manual_seed(7)
+    loss, _ = mcr.CurveLoss(mcr.weights(a), mcr.weights(b))(bend, images, labels)
+    point = clone(bend)
+    for name, w in mcr.on_curve(mcr.weights(a), mcr.weights(bend), mcr.weights(b), t).items():
+        point.get_parameter(name).data.copy_(w)
+    expected, _ = cross_entropy(point, images, labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    assert torch.allclose(bend.fc.weight.grad, 2 * t * (1 - t) * point.fc.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_mcr_returns_the_point_at_t_with_settled_statistics(monkeypatch):
+    model, end, bend, data = network(0), network(1), network(2), toy()
+    monkeypatch.setattr(mcr, "curve", lambda *_: (bend, end))
+    for t, expected in ((0.0, model), (1.0, end)):
+        erased, settled = mcr.erase(model, data, short(mcr_t=t)), mcr.settle_batchnorm(clone(expected), data)
+        assert not torch.allclose(settled.bn1.running_mean, expected.bn1.running_mean, atol=1e-3)
+        assert all(torch.allclose(v, settled.state_dict()[k], atol=1e-6) for k, v in erased.state_dict().items())
+
+
 def test_batchnorm_is_settled_on_the_clean_subset():
     data, model = toy(64), network()
     expected = F.conv2d(to_float(data.images), model.conv1.weight, padding=1).mean((0, 2, 3))
@@ -344,6 +481,8 @@ def test_a_curve_to_another_width_is_refused(tmp_path):
         torch.save({"state_dict": build(name, 10).state_dict()}, tmp_path / "other.tar")
         with pytest.raises(UserError, match="no curve leads.*same architecture and width"):
             mcr.check(network(), toy(), short(t_model=str(tmp_path / "other.tar"), t_name=name))
+        with pytest.raises(UserError, match=f"fits --t_name {name}"):
+            mcr.check(network(), toy(), short(t_model=str(tmp_path / "other.tar")))
 
 
 def test_anp_masks_stay_in_bounds_and_disturbances_too():
@@ -360,6 +499,31 @@ def test_anp_masks_stay_in_bounds_and_disturbances_too():
     assert max(d.abs().max() for side in moved for d in side) == pytest.approx(0.4)
     plain = anp.Masks(clone(model))
     assert torch.equal(plain(to_float(data.images)), clone(model).train()(to_float(data.images)))
+
+
+def test_anp_disturbs_towards_a_higher_loss_and_weighs_both_losses():
+    data, masks = toy(16), anp.Masks(clone(network()))
+    images, labels = to_float(data.images), data.labels
+    torch.manual_seed(0)
+    start = [(torch.rand_like(m) * 2 - 1) * 0.05 for _ in range(2) for m in masks.masks]
+    torch.manual_seed(0)
+    end = anp.MaskLoss(0.2, 0.05).worst(masks, images, labels)
+    n = len(masks.masks)
+    disturbed = F.cross_entropy(masks(images, *end), labels)
+    assert disturbed > F.cross_entropy(masks(images, start[:n], start[n:]), labels)
+    plain = F.cross_entropy(masks(images), labels)
+    for alpha in (0.0, 0.2, 1.0):
+        torch.manual_seed(0)
+        loss = anp.MaskLoss(alpha, 0.05)(masks, images, labels)[0]
+        assert loss.item() == pytest.approx((alpha * plain + (1 - alpha) * disturbed).item(), rel=1e-5)
+
+
+def test_anp_switches_off_what_is_below_the_threshold(monkeypatch):
+    values = torch.tensor([0.1, 0.2, 0.3, 0.9]).repeat(16)
+    monkeypatch.setattr(anp, "learn_masks", lambda *_: {"bn1": values})
+    model = network()
+    erased = anp.erase(model, toy(), short(anp_threshold=0.2))
+    assert torch.equal(erased.bn1.weight, model.bn1.weight * (values >= 0.2))
 
 
 def test_anp_without_batchnorm():
@@ -413,6 +577,32 @@ def test_the_outer_loss_has_the_perturbation_on_a_share_of_the_images():
     loss, _ = ibau.hypergradient(model, images, labels, d, short(ibau_share=0.25))
     assert torch.allclose(loss, F.cross_entropy(model(mixed), labels))
     assert not torch.allclose(loss, ibau.hypergradient(model, images, labels, d, short(ibau_share=1.0))[0], atol=1e-4)
+
+
+def test_the_perturbation_raises_the_loss():
+    model, data = network(), toy()
+    data.labels = model(to_float(data.images)).argmax(1)
+    d = ibau.find_perturbation(model, data, short(ibau_inner_lr=1.0, ibau_penalty=0.0), torch.Generator())
+
+    def loss(d):
+        return F.cross_entropy(model((to_float(data.images) + d).clamp(0, 1)), data.labels)
+
+    assert loss(d) > loss(0 * d) + 1e-3
+
+
+def test_i_bau_of_a_network_with_weights_that_nothing_uses():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(768, 10), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    model = Unused()
+    erased = ibau.erase(model, toy(), short())
+    assert torch.equal(erased.unused.weight, model.unused.weight)
+    assert not torch.equal(erased.used.weight, model.used.weight)
 
 
 def test_the_hypergradient_by_explicit_jacobians():
@@ -477,6 +667,45 @@ def test_neural_cleanse_finds_the_planted_label_and_its_pixel():
     assert linf_pruning.smallest(triggers).labels == [3]
 
 
+def test_the_weight_of_the_mask_follows_the_success():
+    weight, above, below = torch.ones(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    good = torch.tensor([True, False])
+    for k in range(1, 11):
+        weight, above, below = neural_cleanse.adapted(weight, above, below, good)
+        assert weight.tolist() == pytest.approx([1.5 ** (k // 5), 1.5 ** (-1.5 * (k // 5))]), k
+    weight, above, below = neural_cleanse.adapted(torch.ones(2), torch.tensor([4, 4]), torch.tensor([0, 0]), ~good)
+    assert weight.tolist() == [1, 1.5], "a streak that breaks is over"
+    assert (above.tolist(), below.tolist()) == ([0, 0], [1, 0])
+
+
+def test_whole_sets_are_stamped_in_parts():
+    images = torch.randint(0, 256, (2100, 3, 4, 4), dtype=torch.uint8)
+    triggers = neural_cleanse.Triggers([3, 4], torch.rand(2, 1, 4, 4), torch.rand(2, 3, 4, 4), torch.ones(2))
+    assert torch.equal(triggers.stamp(images, 1), triggers.stamp_some(images, 1))
+    each = torch.arange(2100) % 2
+    assert torch.equal(triggers.stamp(images, each), triggers.stamp_some(images, each))
+    assert triggers.stamp(images[:0], 1).shape == (0, 3, 4, 4)
+
+
+def test_reversed_triggers_are_kept_for_the_same_data_only(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    searched = []
+
+    def reverse(model, data, config, progress=None):
+        searched.append(data.n_classes)
+        return neural_cleanse.Triggers([0], torch.rand(1, 1, 16, 16), torch.rand(1, 3, 16, 16), torch.ones(1))
+
+    monkeypatch.setattr(neural_cleanse, "reverse", reverse)
+    data, fewer = toy(), toy()
+    fewer.classes = fewer.classes[:5]
+    for model in (network(), network().bfloat16()):
+        first, again = (neural_cleanse.reversed_before(model, data, short(save=True)) for _ in range(2))
+        assert torch.equal(first.masks, again.masks)
+    assert searched == [10, 10]
+    neural_cleanse.reversed_before(network(), fewer, short(save=True))
+    assert searched == [10, 10, 5]
+
+
 def test_a_reversed_trigger_is_stamped_under_the_true_label_on_its_share():
     data = toy(50)
     triggers = neural_cleanse.Triggers([3], torch.zeros(1, 1, 16, 16), torch.ones(1, 3, 16, 16), torch.ones(1))
@@ -503,11 +732,7 @@ def test_neural_cleanse_as_mitigation(way, monkeypatch):
     if way == "unlearn":
         assert any(not torch.equal(v, erased.state_dict()[k]) for k, v in model.state_dict().items())
     else:
-        raised = channel_norms(model, "bn1", found.stamp(toy().images, 0))["l1"] - channel_norms(
-            model, "bn1", toy().images)["l1"]
-        gone = (erased.bn1.weight == 0).nonzero().flatten()
-        assert len(gone) or neural_cleanse.success(model, toy(), found, 0) < 5
-        assert raised.argmax() in gone or not len(gone)
+        assert all(torch.equal(v, erased.state_dict()[k]) for k, v in model.state_dict().items() if "bn1.w" not in k)
     monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [])
     same = neural_cleanse.erase(model, toy(), short())
     assert all(torch.equal(v, same.state_dict()[k]) for k, v in model.state_dict().items())
@@ -612,7 +837,7 @@ def test_what_defenses_compute_stays_on_a_gpu_without_waiting_for_it():
     with FakeTensorMode(), torch.device("cuda"):
         model = build("WRN-10-1", 10).train()
         images, labels = torch.rand(8, 3, 16, 16), torch.zeros(8, dtype=torch.int64)
-        value, logits = sage.SADLoss([("block1", "block2")], 1.0)(model, images, labels)
+        value, logits = sage.SADLoss([("block1", "block2")], [1.0])(model, images, labels)
         assert value.device.type == logits.device.type == "cuda"
         triggers = neural_cleanse.Triggers([3], torch.rand(1, 1, 16, 16), torch.rand(1, 3, 16, 16), None)
         assert triggers.stamp(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 0).device.type == "cuda"

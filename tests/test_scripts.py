@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from PIL import Image
 import defenses
 import detect
 import main
+import strip
 import train_badnet
 import visualize
 from config import DetectConfig, EraseConfig, TrainConfig
+from utils.data import TensorData
 from utils.run import Journal, run_script
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
@@ -479,6 +482,27 @@ def test_detect_doubts_an_outlier_whose_mask_is_not_small():
     assert "doubtful" in detect.verdict([9], [0.77])
 
 
+def test_strip_sets_its_threshold_on_the_clean_subset_and_counts_both_errors(monkeypatch, capsys):
+    answers = iter([torch.arange(101.0), torch.tensor([0.5, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.5, 0.75, 1.0, 2.5])])
+    monkeypatch.setattr(strip, "entropies", lambda *_: next(answers))
+    data = TensorData(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "a")
+    subject = SimpleNamespace(clean=data, test=data, poisoned_test=data, model=None)
+    found = detect.look_at_inputs(subject, DetectConfig(save=False, strip_frr=0.01), None)
+    assert found["threshold"] == 1.0
+    assert found["frr"] == 25, "of clean test images: 0.5"
+    assert found["far"] == 40, "of triggered ones: 1 and 2.5"
+    assert found["auroc"] == (1.5 + 4 + 5 + 5) / 20
+    assert "40.00% of triggered ones accepted" in capsys.readouterr().out
+
+
+def test_fewer_clean_images_than_a_batch_are_said(copied, capsys):
+    assert run_script(main.main, EraseConfig, [*ERASE, "--defense", "clp", "--beside", "0", "--save", "0"]) == 0
+    assert "fewer than" not in capsys.readouterr().out
+    many = [*ERASE, "--defense", "clp", "--beside", "0", "--save", "0", "--batch_size", "1000"]
+    assert run_script(main.main, EraseConfig, many) == 0
+    assert "clean images are fewer than --batch_size 1000: an epoch of training is one step" in capsys.readouterr().out
+
+
 def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     quick = [*SMALL, "--ratio", "0.2", "--nc_steps", "20", "--nc_batch_size", "2", "--strip_inputs", "8",
              "--strip_overlays", "5"]
@@ -487,6 +511,9 @@ def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     assert all(word in out for word in ("anomaly index", "Neural Cleanse: ", "STRIP: threshold", "AUROC"))
     (record,) = lines("results/detect.jsonl")
     assert len(record["neural_cleanse"]["norms"]) == 10
+    failed = sum(share < 50 for share in record["neural_cleanse"]["success"])
+    assert failed, "after 20 steps"
+    assert f"no working trigger was found for {failed} of 10 labels" in out
     assert 0 <= record["strip"]["auroc"] <= 1
     (folder,) = Path("pictures").iterdir()
     stored = torch.load(folder / "triggers.pt", weights_only=True)

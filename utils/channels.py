@@ -54,8 +54,9 @@ def last_layer(model, images, name=""):
         model.train(was_training)
     if not last:
         raise UserError(f"{what} has no convolution or BatchNorm, whose channels could be pruned")
+    makes_logits = last[1].shape[1] == logits.shape[1] and head(model, last[0]) is None
     attends = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
-    if attends or getattr(model, "features_nhwc", False) or last[1].shape[1] == logits.shape[1]:
+    if attends or getattr(model, "features_nhwc", False) or makes_logits:
         raise UserError(f"--prune_layer: which channels of {what} the classifier reads is not known; name a layer: "
                         f"{', '.join(prunable)}")
     direct = any(torch.equal(end[1], f) for f in (last[1], last[1].relu()))

@@ -148,7 +148,7 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, turn=0.0, freeze_bn=False, progress=None, team=None):
+        compiled=False, turn=0.0, nesterov=True, freeze_bn=False, progress=None, team=None):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``lr_schedule`` is a name that ``rate``
@@ -162,7 +162,7 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     device = next(model.parameters()).device
     if device.type != "mps":
         model.to(memory_format=torch.channels_last)
-    optim = make_optimizer(model, lr, momentum, weight_decay, turn)
+    optim = make_optimizer(model, lr, momentum, weight_decay, turn, nesterov)
     first, history = 0, []
     state = progress.load(stage)
     if team:

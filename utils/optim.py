@@ -58,12 +58,12 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(norm / torch.linalg.vector_norm(p))
 
 
-def make_optimizer(model, lr, momentum, weight_decay, turn=0.0):
-    """SGD with Nesterov momentum on the trainable parameters of ``model``; Muon if ``turn`` is not 0."""
+def make_optimizer(model, lr, momentum, weight_decay, turn=0.0, nesterov=True):
+    """SGD with (Nesterov) momentum on the trainable parameters of ``model``; Muon if ``turn`` is not 0."""
     params = [p for p in model.parameters() if p.requires_grad]
     if turn and lr:
         return Muon(params, lr, turn, momentum, weight_decay)
-    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0)
 
 
 def rate(schedule, t, epochs):
