@@ -42,14 +42,14 @@ from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
 from utils.files import append_line, locked, read_lines, write_atomically
 from utils.plot import pyplot, save_figure
-from utils.processes import run_script_apart
+from utils.processes import run_script_apart, unfinished_run
 from utils.run import check_writable, run_script, say, start_of
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ROOT / "results" / "published" / "benchmark.jsonl"
 VERSION = 1  # of the defenses' algorithms: results of another one do not count as finished
 SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in [*SIX[1:], "WaNet", "Input-aware"]}}
-MACHINE = ("device", "threads", "amp")  # options that do not make another network
+SAME = ("device", "threads", "amp", "test_size")  # options with which the shipped networks are still the same
 FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
 BUSY = "another process runs it"
@@ -107,7 +107,6 @@ class Cell:
         self.config.log_root = str(out / "cells" / hashlib.sha256(self.key().encode()).hexdigest()[:12])
         if self.defense:
             self.config.checkpoint_root = self.config.teacher_root = self.config.log_root
-        self.config.resume = any(Path(self.config.checkpoint_root).glob("*-resume-*"))
         self.folder().mkdir(parents=True, exist_ok=True)
 
     def __str__(self):
@@ -131,8 +130,9 @@ def key_of(record):
 
 def results(path):
     """The lines of the results file ``path`` that are cells of today's version and defenses."""
-    needed = {"cell", "config", "data", "inputs"}
+    needed = {"cell", "config", "data", "inputs", "machine", "metrics", "versions"}
     return [r for r in read_lines(path) if r.get("version") == VERSION and needed <= set(r)
+            and {"script", "seed"} <= set(r["config"] or ())
             and r["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES]
 
 
@@ -173,6 +173,8 @@ def cells_of(grid, out):
                      **settings(EraseConfig, grid.get("erase_options", []), "erase_options")}
         for attack in grid["attacks"]:
             network = network_of(attack, own_train, out)
+            if "none" in (network.config.trigger_type, own_erase.get("trigger_type")):
+                raise UserError(f"--attacks {attack}: trigger_type none leaves nothing to erase")
             path = student_file(network.config, network.config.checkpoint_root)
             if not network.shipped:
                 trained.append(network)
@@ -191,7 +193,7 @@ def network_of(attack, options, out):
     network, if the options leave everything as it is. Raises ``UserError``."""
     name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
     config = TrainConfig(**{**attacks.PRESETS[name], **options, **changes})
-    different = {k for k, v in options.items() if v != vars(TrainConfig())[k]} - set(MACHINE)
+    different = {k for k, v in options.items() if v != vars(TrainConfig())[k]} - set(SAME)
     if name in SHIPPED and not changes and not different:
         config.checkpoint_root = f"weight/s_net/{SHIPPED[name]}".rstrip("/")
         path = student_file(config, config.checkpoint_root)
@@ -202,7 +204,10 @@ def network_of(attack, options, out):
             raise UserError(f"--attacks {attack}: {path} was trained with another attack ({found or 'a variant'}); "
                             f"--train_options epochs=30 trains another")
         return Cell(attack, "", config, shipped=True)
-    digest = hashlib.sha256(what_counts(as_dict(config), {"data": source_of(config)}).encode()).hexdigest()[:8]
+    usual = as_dict(TrainConfig())
+    own = {k: v for k, v in leaderboard.options_today(as_dict(config)).items()
+           if k not in leaderboard.NOT_IN_KEY and v != usual[k]}  # an option that comes later changes no folder's name
+    digest = hashlib.sha256(json.dumps([own, source_of(config)], sort_keys=True).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
     config.checkpoint_root = str(out / "networks" / f"{slug}-{digest}")
     return Cell(attack, "", config)
@@ -211,6 +216,7 @@ def network_of(attack, options, out):
 def run_here(cell):
     """Run the cell in this process, its output to log.txt in its folder. Returns its error or None."""
     threads = torch.get_num_threads()
+    cell.config.resume = unfinished_run(cell.config.checkpoint_root)
     with open(cell.folder() / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             torch.set_num_threads(cell.config.threads or threads)
@@ -231,7 +237,7 @@ def run_apart(cell, wait, threads, retries, run=run_script_apart):
     write_atomically(path, lambda f: f.write(json.dumps(as_dict(cell.config)).encode()))
     command = [sys.executable, str(ROOT / ("main.py" if cell.defense else "train_badnet.py")), "--config", str(path),
                "--threads", str(cell.config.threads or max(1, int(threads)))]
-    code, last = run(command, path.parent, Path.cwd(), retries, wait)
+    code, last = run(command, path.parent, Path.cwd(), Path(cell.config.checkpoint_root).resolve(), retries, wait)
     if code is None:
         return BUSY
     if code == 130:
@@ -247,8 +253,11 @@ def ray_runner(opt):
     except ImportError:
         raise UserError("--engine ray: Ray is not installed: pip install ray") from None
     if not ray.is_initialized():
-        ray.init(address=opt.ray_address or None, log_to_driver=False, logging_level="error",
-                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+        try:
+            ray.init(address=opt.ray_address or None, log_to_driver=False, logging_level="error",
+                     runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+        except (ConnectionError, ValueError) as e:
+            raise UserError(f"--ray_address {opt.ray_address}: no cluster answers: {str(e).splitlines()[0]}") from None
     task = ray.remote(run_script_apart).options(num_cpus=opt.cpus_per_cell, num_gpus=opt.gpus_per_cell,
                                                 max_retries=opt.retries)
 
@@ -411,7 +420,11 @@ def publish(out):
 
     Lines about a network whose file holds another one by now are left out.
     """
-    records = {key_of(r): r for r in [*results(PUBLISHED), *results(out / "benchmark.jsonl")] if not replaced(r)}
+    kept = [r for r in results(PUBLISHED) if not replaced(r)]
+    dropped = len(read_lines(PUBLISHED)) - len(kept)
+    if dropped:
+        say(f"note: {dropped} published lines go: they cannot be read, are of another version or of a replaced network")
+    records = {key_of(r): r for r in [*kept, *results(out / "benchmark.jsonl")] if not replaced(r)}
     text = leaderboard.render(records.values())
     say(text)
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)

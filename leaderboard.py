@@ -12,12 +12,13 @@ import defenses
 from config import DataConfig, EraseConfig, TrainConfig, UserError, as_dict, default_of
 from utils.files import write_atomically
 
-NOT_IN_KEY = ("script", "seed", "threads", "log_root", "save", "checkpoint_root", "teacher_root", "eval_every",
-              "beside")  # options that do not decide a result, or are what runs are put together over
+NOT_IN_KEY = ("script", "seed", "device", "threads", "log_root", "save", "checkpoint_root", "teacher_root",
+              "eval_every", "beside")  # options that do not decide a result, or are what runs are put together over
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of the NAD paper
 MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the others get tables of their own
 WIDE = 8  # columns of a table
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
+    "sage": {"BadNets": (None, 10.11), "Trojan": (None, 19.42), "WaNet": (None, 6.79)},  # its paper's
     "": {"BadNets": (91.32, 95.03), "Blend": (93.47, 99.92), "CL": (84.59, 99.92), "SIG": (84.48, 98.27),
          "WaNet": (91.25, 89.73), "Input-aware": (90.67, 98.26), "Trojan": (93.42, 100)},
     "finetune": {"BadNets": (89.96, 1.48), "Blend": (92.78, 96.11), "CL": (90.6, 11.53), "SIG": (90.8, 2.37),
@@ -65,7 +66,7 @@ def machines(records):
 def changes(config):
     """The options of a run with ``config``, a dict, that are not default and decide its result, as a list of texts."""
     config, words = options_today(config), []
-    left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume", "device"}
+    left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume"}
     for name, f in EraseConfig.__dataclass_fields__.items():
         value, default = config[name], default_of(f)
         if name not in left_out and value != default:
@@ -118,7 +119,8 @@ def draw(plt, name, records):
                 continue
             x = [r["asr"] for r in runs]
             y = [before[column]["clean_acc"] - r["clean_acc"] for r in runs]
-            panel.errorbar(statistics.mean(x), statistics.mean(y), statistics.pstdev(y), statistics.pstdev(x),
+            bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in (y, x)]
+            panel.errorbar(statistics.mean(x), statistics.mean(y), *bars,
                            fmt="os^Dv<>P*Xph"[k % 12], color=colours(k % 10), label=row.replace("`", ""), capsize=2)
         panel.set(title=column, xlim=(-3, 103))
         panel.axhline(0, color="grey", linewidth=0.5)
@@ -166,16 +168,20 @@ def arranged(records):
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
     rows, columns, before, shared, long = arranged(records)
+    machine = statistics.mode(r["machine"] for r in records)
     count = seeds_of(found for row in rows.values() for found in row.values())
-    reported = REPORTED if records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
-    out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "", *summary(rows, columns, before), ""]
+    known = any(column in found for found in REPORTED.values() for column in columns)
+    reported = REPORTED if known and records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
+    out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "",
+           *summary(rows, columns, before, machine), ""]
     metrics = (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA"))
     for start, (k, title) in itertools.product(range(0, len(columns), WIDE), metrics):
         part = columns[start:start + WIDE]
 
         def beside(defense, column, k=k):
-            value = reported.get(defense, {}).get(column)
-            return "" if value is None or k == "ra" else f" ({value[k == 'asr']:g})"
+            acc, asr = reported.get(defense, {}).get(column, (None, None))
+            value = {"clean_acc": acc, "asr": asr, "ra": None}[k]
+            return "" if value is None else f" ({value:g})"
 
         out += [f"| {title} | {' | '.join(part)} |", "|---" * (len(part) + 1) + "|",
                 f"| backdoored | {' | '.join(spread([before[a][k]], 1) + beside('', a) for a in part)} |"]
@@ -194,8 +200,9 @@ def block(name, records):
         out += [f"{row}: {options}", ""]
     if reported:
         out += ["In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
-                "another network and other implementations.", ""]
-    return "\n".join([*out, f"Measured on: {machines(records)}."])
+                "another network and other implementations; for SAGE its paper (ResNet-18, 1% clean).", ""]
+    others = f" Seconds: on {machine} only." if len({r["machine"] for r in records}) > 1 else ""
+    return "\n".join([*out, f"Measured on: {machines(records)}.{others}"])
 
 
 def seeds_of(cells):
@@ -209,9 +216,9 @@ def outcome(record):
     return record["metrics"][defenses.title(record["config"]["defense"])]
 
 
-def summary(rows, columns, before):
+def summary(rows, columns, before, machine):
     """Means over the attacks, those of the paper if all six are there and all of them, for rows that have the same
-    seeds for each attack; deviations are over the seeds."""
+    seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``."""
     sets = [(f"{len(columns)} attacks", columns)]
     if set(SIX) < set(columns):
         sets.insert(0, ("the paper's six", list(SIX)))
@@ -231,7 +238,8 @@ def summary(rows, columns, before):
                 cells += [spread(lost), spread(asr)]
             else:
                 cells += ["", ""]
-        seconds = [s for runs in found.values() for r in runs.values() if not r.get("resumed")
+        seconds = [s for runs in found.values() for r in runs.values()
+                   if not r.get("resumed") and r["machine"] == machine
                    for s in r["defense_seconds"].values()]
         typical = f"{statistics.median(seconds):.0f}" if seconds else ""
         out.append(f"| {row} | {' | '.join([*cells, seeds_of(found.values()), typical])} |")

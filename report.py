@@ -124,9 +124,9 @@ RECIPE = ("epochs", "optimizer", "lr", "augment")
 
 
 def by_recipe(records):
-    """Lists of records of the same recipe of training; first those with a clean network to compare with."""
-    recipes = {}
-    for r in sorted(records, key=lambda r: r["config"]["trigger_type"] != "none"):
+    """Lists of records of networks of the same recipe of training; first those with a clean one to compare with."""
+    recipes, trained = {}, [r for r in records if r["config"]["script"] == "TrainConfig"]
+    for r in sorted(trained, key=lambda r: r["config"]["trigger_type"] != "none"):
         key = repr([r["data"], *(r["config"][k] for k in ("dataset", "s_name", *RECIPE))])
         recipes.setdefault(key, []).append(r)
     return list(recipes.values())
@@ -151,6 +151,8 @@ def render_attacks(records):
     order = ["none", *attacks.PRESETS]
     for name, epochs, cells in sorted(found, key=lambda row: (order.index(row[0]), row[1])):
         out.append(f"| {name} | {epochs} | {' | '.join(cells)} |")
+    if not used:
+        return "no attack was measured yet"
     config = used[0]["config"]
     return "\n".join([*out, "", f"{config['s_name']}, {leaderboard.data_name(config)} ({used[0]['data']}), on: "
                       f"{leaderboard.machines(used)}."])
@@ -234,15 +236,18 @@ def render_search(records, best=3):
 FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     ROOT / "README.md": {
         "headline": (render_headline, "main.jsonl"), "trained": (render_trained, "train_badnet.jsonl"),
-        "attacks": (render_attacks, "attacks.jsonl"), "benchmark": (leaderboard.render, "benchmark.jsonl")},
+        "attacks": (render_attacks, "attacks.jsonl", "benchmark.jsonl"),
+        "benchmark": (leaderboard.render, "benchmark.jsonl")},
     PUBLISHED / "README.md": {
-        "results": (render_runs, "main.jsonl"), "attack runs": (render_attack_runs, "attacks.jsonl"),
+        "results": (render_runs, "main.jsonl"),
+        "attack runs": (render_attack_runs, "attacks.jsonl", "benchmark.jsonl"),
         "search": (render_search, "search.jsonl")}}
 
 
 def rendered(file, folder=PUBLISHED):
     """The texts of the sections of ``file``, by name, from the result files in ``folder``."""
-    return {name: render(read_lines(Path(folder) / lines)) for name, (render, lines) in FILES[file].items()}
+    return {name: render([r for lines in files for r in read_lines(Path(folder) / lines)])
+            for name, (render, *files) in FILES[file].items()}
 
 
 def main(argv=None):

@@ -119,16 +119,20 @@ class SurrogateSet(TensorData):
         return images
 
 
+def parts(data, count):
+    """(a held-out part with ``count`` images of each class, the rest) of ``data``."""
+    held = stratified(data.labels, [count] * data.n_classes, generator(SEED, "held out"))
+    rest = torch.ones(len(data), dtype=torch.bool)
+    rest[held] = False
+    return data.take(held), data.take(rest.nonzero().flatten())
+
+
 class Bench:
     """The surrogate network, its data, and the measurement."""
 
     def __init__(self, name):
         everything = load_data(TrainConfig(), train=True)
-        counts = [500] * everything.n_classes
-        held = stratified(everything.labels, counts, generator(SEED, "held out"))
-        rest = torch.ones(len(everything), dtype=torch.bool)
-        rest[held] = False
-        self.held, self.train = everything.take(held), everything.take(rest.nonzero().flatten())
+        self.held, self.train = parts(everything, 500)
         self.amp = use_bf16("auto", choose_device("cpu"))
         torch.manual_seed(derive(SEED, "weights"))
         self.model = select_model("CIFAR10", "WRN-16-1")

@@ -1,6 +1,7 @@
 """The benchmark on tiny networks: cells once each, also after a kill, a failure, a corrupt line; the leaderboard."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import start
+from conftest import ROOT, start
 from PIL import Image
 from tqdm import tqdm
 
@@ -202,7 +203,53 @@ def test_data_of_another_kind_make_another_cell(workplace):
     assert benchmark.source_of(EraseConfig(dataset="shapes10")) == "generated"
 
 
+def test_the_folder_of_a_network_depends_on_what_makes_it():
+    def folder(**options):
+        return Path(benchmark.network_of("Blend", {"epochs": 3, **options}, Path("out")).config.checkpoint_root).name
+
+    plain = folder()
+    assert plain.startswith("cifar10_blend-")
+    assert plain == folder(device="cpu", threads=3) == folder(sig_delta=7.0)
+    assert len({plain, folder(epochs=4), folder(blend_alpha=0.3), folder(train_size=100), folder(amp="off")}) == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "as_dict", lambda config: {**as_dict(config), "newer": 0})
+        assert folder() == plain, "an option that comes later changes no name"
+
+
+@pytest.mark.parametrize(("preset", "count"), [("six", 36), ("nad-table1", 72), ("defenses", 288), ("sage", 189),
+                                               ("linf", 81), ("ablations", 207), ("smoke", 6)])
+def test_presets_have_their_cells(preset, count, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cells = [c for grid in benchmark.PRESETS[preset] for c in benchmark.cells_of(grid, Path("out"))]
+    assert len({c.key() for c in cells}) == len(cells)
+    assert sum(1 for c in cells if c.defense) == count
+
+
+def test_axes_of_a_grid():
+    grid = {"attacks": ["BadNets"], "defenses": ["nad", "clp"], "seeds": ["1", "2"], "train_options": ["epochs=1"],
+            "ratios": ["0.01", "0.1"], "models": ["WRN-10-1", "WRN-16-2"]}
+    cells = benchmark.cells_of(grid, Path("out"))
+    configs = [c.config for c in cells if c.defense]
+    assert sorted((c.s_name, c.ratio, c.defense, c.seed) for c in configs) == sorted(
+        itertools.product(("WRN-10-1", "WRN-16-2"), (0.01, 0.1), ("clp", "nad"), (1, 2)))
+    assert {c.config.s_name for c in cells if not c.defense} == {"WRN-10-1", "WRN-16-2"}
+
+
+def test_a_run_goes_on_where_its_state_is(tmp_path):
+    """Whoever left it: this process's first try, or one that died before."""
+    states = tmp_path / "states"
+    states.mkdir()
+    script = (f"import os, pathlib, sys; print(sys.argv[1:], flush=True); "
+              f"p = pathlib.Path({str(states)!r}, 'x-resume-1'); p.exists() or (p.mkdir(), os.kill(os.getpid(), 9))")
+    (tmp_path / "config.json").write_text("{}")
+    for expected in ("[]\n['--resume']\n", "['--resume']\n"):
+        (tmp_path / "log.txt").write_text("")
+        assert processes.run_script_apart([sys.executable, "-c", script], tmp_path, tmp_path, states, 1)[0] == 0
+        assert (tmp_path / "log.txt").read_text() == expected
+
+
 @pytest.mark.parametrize(("args", "text"), [
+    (["--defenses", "clp", "--seeds", "1", "--erase_options", "trigger_type=none"], "leaves nothing to erase"),
     (["--defenses", "clp", "--seeds", "1", "--attacks", "Nothing"], "--attacks Nothing: one of BadNets; "),
     (["--defenses", "x", "--seeds", "1"], "--defenses x: one of anp; clp"),
     (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
@@ -223,7 +270,7 @@ def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **cha
     config = as_dict(EraseConfig(seed=seed, defense=defense, s_model="m", beside=False, **changes))
     inputs = {"s_model": network or attack, "t_model": ""}
     metrics = {"clean_acc": acc, "clean_acc_non_target": acc, "asr": asr, "ra": 100 - asr}
-    title = {"nad": "NAD", "clp": "CLP"}[defense]
+    title = {"nad": "NAD", "clp": "CLP", "sage": "SAGE"}[defense]
     return {"config": config, "data": "image files (jpg)",
             "cell": {"attack": attack, "defense": defense}, "inputs": inputs, "version": benchmark.VERSION,
             "metrics": {"backdoored": {**metrics, "clean_acc": 82.0, "asr": 99.9, "ra": 0.1}, title: metrics},
@@ -260,6 +307,55 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
         leaderboard.rewritten("", {"x": ""})
 
 
+def test_means_need_the_same_seeds_for_each_attack():
+    text = leaderboard.render([line(1, 2.0), line(2, 4.0), line(1, 6.0, attack="Blend")])
+    assert "| NAD |  |  | 1 to 2 | 30 |" in text
+    assert "| NAD | 2.00 | 2.00 | 2 | 30 |" in leaderboard.render([line(s, 2.0, attack=a) for s in (1, 2)
+                                                          for a in ("BadNets", "Blend")])
+
+
+def test_seconds_are_those_of_one_machine():
+    gpu = {**line(3, 2.0), "machine": "cuda", "defense_seconds": {"NAD": 2.0}}
+    text = leaderboard.render([line(1, 2.0), line(2, 2.0), gpu])
+    assert "| NAD | 2.00 | 2.00 | 3 | 30 |" in text
+    assert text.endswith("Measured on: cpu, torch 2; cuda, torch 2. Seconds: on cpu only.")
+    assert benchmark.key_of(line(1, 2.0, device="cuda")) == benchmark.key_of(line(1, 2.0)), "device auto is either"
+
+
+def test_lines_of_a_network_that_was_replaced_are_not_shown(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "ROOT", workplace)
+    monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
+    Path("README.md").write_text("<!-- benchmark -->\n<!-- end of benchmark -->\n")
+    old = line(1, 2.0, network="0" * 64)
+    append_line(benchmark.PUBLISHED, old)
+    append_line("results/benchmark.jsonl", line(1, 3.0, network="1" * 64, p=4.0))
+    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+    assert len(read_lines(benchmark.PUBLISHED)) == 2
+    assert "published lines go" not in capsys.readouterr().out
+    Path(old["config"]["s_model"]).write_text("another network")
+    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+    assert "note: 2 published lines go" in capsys.readouterr().out
+    assert read_lines(benchmark.PUBLISHED) == []
+
+
+def test_a_network_that_was_deleted_is_trained_again(done, monkeypatch, tmp_path):
+    shutil.copytree(done, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    (cell,) = [c for c in benchmark.cells_of({
+        "attacks": ["BadNets"], "defenses": ["clp"], "seeds": ["1"], "datasets": ["shapes10"], "models": ["WRN-10-1"],
+        "options": TINY[7:11], "train_options": TINY[12:14]}, Path("results")) if not c.defense]
+    assert benchmark.unfinished([cell], Path("results")) == []
+    benchmark.student_file(cell.config, cell.config.checkpoint_root).unlink()
+    assert benchmark.unfinished([cell], Path("results")) == [cell]
+
+
+def test_lines_without_a_configuration_are_skipped(workplace):
+    for config in (None, {}):
+        append_line("results/benchmark.jsonl", {**line(1, 2.0), "config": config})
+    append_line("results/benchmark.jsonl", line(1, 2.0))
+    assert len(benchmark.results("results/benchmark.jsonl")) == 1
+
+
 def test_reported_numbers_stand_in_brackets():
     text = leaderboard.render([line(1, 2.0), line(1, 9.0, p=4.0)])
     assert "| backdoored | 99.9 (95.03) |" in text
@@ -267,6 +363,8 @@ def test_reported_numbers_stand_in_brackets():
     assert "| NAD | 2.0 (2.14) |" in text
     assert "| NAD, `p 4.0` | 9.0 |" in text
     assert "In brackets: BackdoorBench" in text
+    assert "| SAGE | 80.0 |" in leaderboard.render([line(1, 2.0, "sage")])
+    assert "| SAGE | 2.0 (10.11) |" in leaderboard.render([line(1, 2.0, "sage")])
     assert "(" not in leaderboard.render([line(1, 2.0, dataset="shapes10")]).replace("(image files (jpg))", "")
 
 
@@ -317,7 +415,7 @@ def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
     order, other = [], contextlib.ExitStack()
     other.enter_context(locked(made[0].folder() / "lock"))
     command = [sys.executable, "-c", "raise SystemExit(5)"]
-    assert processes.run_script_apart(command, made[0].folder(), tmp_path, 0, wait=False) == (None, "")
+    assert processes.run_script_apart(command, made[0].folder(), tmp_path, tmp_path, 0, wait=False) == (None, "")
 
     def run_here(cell):
         order.append(cell.config.seed)

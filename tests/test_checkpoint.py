@@ -2,10 +2,15 @@
 
 import os
 import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from config import UserError
 from models import build, select_model
@@ -117,6 +122,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert target.read_bytes() == b"new"
     with pytest.raises(UserError, match=r"cannot write .*a\.tar"):
         save_checkpoint(target / "b.tar", {})
+
+
+def test_two_processes_append_one_after_the_other(tmp_path):
+    file = tmp_path / "r.jsonl"
+    script = "import sys; from utils.files import append_line\n" \
+             "for k in range(200): append_line(sys.argv[1], {'who': sys.argv[2], 'k': k, 'text': 'x' * 9000})"
+    both = [subprocess.Popen([sys.executable, "-c", script, str(file), who], cwd=ROOT) for who in "ab"]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    found = read_lines(file)
+    assert [r["k"] for r in found if r["who"] == "a"] == [r["k"] for r in found if r["who"] == "b"] == list(range(200))
+    fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
+    with open(file, "rb") as other, ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = pool.submit(append_line, file, {"k": 200})
+        time.sleep(0.3)
+        assert not waiting.done()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        waiting.result(timeout=60)
+    assert len(read_lines(file)) == 401
 
 
 def test_lines_are_appended_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ ARGS = ["--dataset", "shapes10", "--train_size", "50", "--test_size", "100", "--
         "--threads", "1", "--epochs", "3", "--batch_size", "50", "--amp", "off", "--optimizer", "sgd"]
 
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
 def run(folder, *args, processes=1):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29617"]
     return subprocess.run([sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_badnet.py"), *ARGS,

@@ -4,7 +4,7 @@ import pytest
 
 import leaderboard
 import report
-from config import EraseConfig, UserError, as_dict
+from config import EraseConfig, TrainConfig, UserError, as_dict
 
 
 def record(seed, asr, **changes):
@@ -24,6 +24,24 @@ def test_mean_and_deviation_over_seeds():
         "| backdoored | 80.00 | 81.00 | 100.00 | - |\n"
         "| NAD | 80.00 | 81.00 | 4.00 ± 2.65 | - |\n\n"
         "`python main.py --seed N`, cpu, torch 2, 1.5 minutes of training a run.")
+
+
+def test_networks_of_the_benchmark_stand_among_the_attacks():
+    def trained(trigger, acc, **more):
+        metrics = {"clean_acc": acc, "asr": 99.0, "parts": {}}
+        return {"config": as_dict(TrainConfig(trigger_type=trigger, epochs=10)), "metrics": metrics, "machine": "cpu",
+                "data": "image files (jpg)", "versions": {"torch": "2"}, "inputs": {}, "train_seconds": 60, **more}
+
+    lines = [trained("none", 85.0), record(1, 2.0),
+             trained("blendTrigger", 84.0, cell={"attack": "Blend", "defense": ""})]
+    text = report.render_attacks(lines)
+    assert "| none | 10 | 1 | 85.00 |" in text
+    assert "| Blend | 10 | 1 | 84.00 | 1.00 | 99.00 |" in text
+    assert report.render_attacks([]) == "no attack was measured yet"
+    assert "--trigger_type blendTrigger" in report.render_attack_runs(lines)
+    for file, sections in report.FILES.items():
+        for name, (_, *files) in sections.items():
+            assert files[-1] == "benchmark.jsonl" or "attack" not in name, file
 
 
 @pytest.mark.parametrize("file", report.FILES, ids=lambda path: path.parent.name)

@@ -9,21 +9,28 @@ from pathlib import Path
 from utils.files import locked
 
 
-def run_script_apart(command, folder, cwd, retries, wait=True):
-    """Run ``command`` (a list) in ``cwd``, its output at the end of log.txt in ``folder``.
+def unfinished_run(folder):
+    """Whether a run that keeps its state in ``folder`` has not come to its end."""
+    return any(Path(folder).glob("*-resume-*"))
 
-    One that a signal killed is run again with --resume, up to ``retries`` times. It holds the folder's lock, also if
+
+def run_script_apart(command, folder, cwd, states, retries, wait=True):
+    """Run ``command`` (a list) in ``cwd``, its output at the end of log.txt in ``folder``; with --resume if the folder
+    ``states`` holds an unfinished run.
+
+    One that a signal killed is run again, up to ``retries`` times. It holds the folder's lock, also if
     this process dies before it. Returns (exit code, negative for a signal; the last line of its output); (None, "") at
     once if another process holds the lock, unless it shall ``wait`` for it.
     """
     folder = Path(folder)
-    for again in range(retries + 1):
+    for _ in range(retries + 1):
         with locked(folder / "lock", wait) as lock, open(folder / "log.txt", "a", encoding="utf-8") as out:
             if lock is None:
                 return None, ""
             if not (folder / "config.json").exists():
                 return 0, ""  # while this process waited, another one finished the cell and cleaned up
-            process = subprocess.Popen([*command, *(["--resume"] if again else [])], cwd=cwd, stdout=out,
+            again = ["--resume"] if unfinished_run(states) else []
+            process = subprocess.Popen([*command, *again], cwd=cwd, stdout=out,
                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                        pass_fds=(lock,) if os.name == "posix" else ())
             try:
