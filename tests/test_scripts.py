@@ -323,7 +323,7 @@ def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
     (["--ratio", "0.001"], "--ratio 0.001 of 600 training images leaves no sample"),
     (["--defense", "prayer"], "sage is allowed, got 'prayer'"),
     (["--layers", "block9"], "--layers block9: WideResNet has no such layer"),
-    (["--t_model", str(STUDENT), "--t_name", "WRN-16-1"], "it fits --s_name WRN-10-1"),
+    (["--t_model", str(STUDENT), "--t_name", "WRN-16-1"], "it fits --t_name WRN-10-1"),
     (["--t_model", "none.tar"], "no such checkpoint: none.tar"),
     (["--s_model", "cut.tar"], "cut.tar"),
 ])
