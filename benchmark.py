@@ -37,7 +37,7 @@ import main as erasing
 import train_badnet as training
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, student_file
 from data_loader import source_of
-from leaderboard import SIX
+from leaderboard import MAIN, SIX
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
 from utils.files import append_line, locked, read_lines, write_atomically
@@ -48,7 +48,7 @@ from utils.run import check_writable, run_script, say, start_of
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ROOT / "results" / "published" / "benchmark.jsonl"
 VERSION = 1  # of the defenses' algorithms: results of another one do not count as finished
-SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in [*SIX[1:], "WaNet", "Input-aware"]}}
+SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in MAIN[1:]}}
 SAME = ("device", "threads", "amp", "test_size")  # options with which the shipped networks are still the same
 FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
@@ -103,7 +103,7 @@ class Cell:
         return Path(self.config.log_root)
 
     def settle(self, out):
-        """Give the cell its folder. It goes on where an unfinished run of it was."""
+        """Give the cell its folder."""
         self.config.log_root = str(out / "cells" / hashlib.sha256(self.key().encode()).hexdigest()[:12])
         if self.defense:
             self.config.checkpoint_root = self.config.teacher_root = self.config.log_root
@@ -118,9 +118,14 @@ def what_counts(stored, files):
 
     Options that are newer than ``stored`` have their default there.
     """
-    options = leaderboard.options_today(stored)
-    counted = {k: v for k, v in options.items() if k not in (*leaderboard.NOT_IN_KEY, "s_model", "resume")}
-    return json.dumps([VERSION, counted, options["seed"], {k: v for k, v in files.items() if v}], sort_keys=True)
+    return json.dumps([VERSION, deciding(stored), stored["seed"], {k: v for k, v in files.items() if v}],
+                      sort_keys=True)
+
+
+def deciding(stored):
+    """The options of the configuration ``stored``, a dict, that decide the result of its run, beside seed and files."""
+    left_out = (*leaderboard.NOT_IN_KEY, "s_model", "resume")
+    return {k: v for k, v in leaderboard.options_today(stored).items() if k not in left_out}
 
 
 def key_of(record):
@@ -130,10 +135,15 @@ def key_of(record):
 
 def results(path):
     """The lines of the results file ``path`` that are cells of today's version and defenses."""
+    return list(filter(is_cell, read_lines(path)))
+
+
+def is_cell(record):
+    """Whether ``record``, a line of a results file, is a cell of today's version and defenses."""
     needed = {"cell", "config", "data", "inputs", "machine", "metrics", "versions"}
-    return [r for r in read_lines(path) if r.get("version") == VERSION and needed <= set(r)
-            and {"script", "seed"} <= set(r["config"] or ())
-            and r["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES]
+    return (record.get("version") == VERSION and needed <= set(record)
+            and {"script", "seed"} <= set(record["config"] or ())
+            and record["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES)
 
 
 def settings(cls, items, flag):
@@ -205,8 +215,7 @@ def network_of(attack, options, out):
                             f"--train_options epochs=30 trains another")
         return Cell(attack, "", config, shipped=True)
     usual = as_dict(TrainConfig())
-    own = {k: v for k, v in leaderboard.options_today(as_dict(config)).items()
-           if k not in leaderboard.NOT_IN_KEY and v != usual[k]}  # an option that comes later changes no folder's name
+    own = {k: v for k, v in deciding(as_dict(config)).items() if v != usual[k]}  # a later option changes no name
     digest = hashlib.sha256(json.dumps([own, source_of(config)], sort_keys=True).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
     config.checkpoint_root = str(out / "networks" / f"{slug}-{digest}")
@@ -420,11 +429,13 @@ def publish(out):
 
     Lines about a network whose file holds another one by now are left out.
     """
-    kept = [r for r in results(PUBLISHED) if not replaced(r)]
-    dropped = len(read_lines(PUBLISHED)) - len(kept)
-    if dropped:
-        say(f"note: {dropped} published lines go: they cannot be read, are of another version or of a replaced network")
-    records = {key_of(r): r for r in [*kept, *results(out / "benchmark.jsonl")] if not replaced(r)}
+    published = read_lines(PUBLISHED)
+    kept, new = ([r for r in lines if is_cell(r) and not replaced(r)]
+                 for lines in (published, read_lines(out / "benchmark.jsonl")))
+    if len(kept) < len(published):
+        say(f"note: {len(published) - len(kept)} published lines go: they are incomplete, of another version or of a "
+            f"replaced network")
+    records = {key_of(r): r for r in [*kept, *new]}
     text = leaderboard.render(records.values())
     say(text)
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)

@@ -198,15 +198,15 @@ def load_data(config, train):
     name = config.dataset
     split = "train" if train else "test"
     wanted = config.train_size if train else config.test_size
-    root = data_root(config)
-    if source_of(config) == "generated":
+    root, source = data_root(config), source_of(config)
+    if source == "generated":
         size = wanted or (50_000 if train else 10_000)
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
         data.source = "generated"
         return resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
-    if source_of(config) == "image files":
+    if source == "image files":
         data = load_folder(root, split, config.image_size or 32, name)
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))

@@ -120,11 +120,8 @@ class SurrogateSet(TensorData):
 
 
 def parts(data, count):
-    """(a held-out part with ``count`` images of each class, the rest) of ``data``."""
-    held = stratified(data.labels, [count] * data.n_classes, generator(SEED, "held out"))
-    rest = torch.ones(len(data), dtype=torch.bool)
-    rest[held] = False
-    return data.take(held), data.take(rest.nonzero().flatten())
+    """(the training part, a held-out part with ``count`` images of each class) of ``data``."""
+    return data.parted(stratified(data.labels, [count] * data.n_classes, generator(SEED, "held out")))
 
 
 class Bench:
@@ -132,7 +129,7 @@ class Bench:
 
     def __init__(self, name):
         everything = load_data(TrainConfig(), train=True)
-        self.held, self.train = parts(everything, 500)
+        self.train, self.held = parts(everything, 500)
         self.amp = use_bf16("auto", choose_device("cpu"))
         torch.manual_seed(derive(SEED, "weights"))
         self.model = select_model("CIFAR10", "WRN-16-1")

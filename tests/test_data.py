@@ -290,7 +290,7 @@ def test_the_recipe_searchs_parts_share_no_image():
 
     labels = torch.arange(100) % 10
     images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 3, 4, 4).contiguous()
-    held, rest = search.parts(TensorData(images, labels, range(10)), 3)
+    rest, held = search.parts(TensorData(images, labels, range(10)), 3)
     assert held.labels.bincount().tolist() == [3] * 10
     assert sorted(torch.cat([held.images, rest.images])[:, 0, 0, 0].tolist()) == list(range(100))
 

@@ -732,6 +732,11 @@ def test_neural_cleanse_as_mitigation(way, monkeypatch):
     if way == "unlearn":
         assert any(not torch.equal(v, erased.state_dict()[k]) for k, v in model.state_dict().items())
     else:
+        raised = channel_norms(model, "bn1", found.stamp(toy().images, 0))["l1"] - channel_norms(
+            model, "bn1", toy().images)["l1"]
+        gone = (erased.bn1.weight == 0).nonzero().flatten()
+        assert len(gone) or neural_cleanse.success(model, toy(), found, 0) < 5
+        assert raised.argmax() in gone or not len(gone)
         assert all(torch.equal(v, erased.state_dict()[k]) for k, v in model.state_dict().items() if "bn1.w" not in k)
     monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [])
     same = neural_cleanse.erase(model, toy(), short())

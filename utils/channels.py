@@ -154,10 +154,7 @@ def split_off(data, share, seed):
             raise UserError(f"the clean subset has {len(own)} image of class {data.classes[c]}: at least two of each "
                             f"class are needed, one of them to measure on (--ratio)")
         held.append(own[torch.randperm(len(own), generator=gen)[:min(len(own) - 1, max(1, round(share * len(own))))]])
-    held = torch.cat(held)
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[held] = False
-    return data.take(rest.nonzero().flatten()), data.take(held)
+    return data.parted(torch.cat(held))
 
 
 def accuracy(model, data):

@@ -60,6 +60,12 @@ class TensorData(Dataset):
         part.source = self.source
         return part
 
+    def parted(self, indices):
+        """(the other samples in their order, those at ``indices``, int64 ``(M,)``), two data sets."""
+        rest = torch.ones(len(self), dtype=torch.bool)
+        rest[indices] = False
+        return self.take(rest.nonzero().flatten()), self.take(indices)
+
     def stamped(self, images, indices, epoch=0):
         """Hook for poisoned sets: ``images`` of the samples ``indices`` (on the CPU) stamped; here as they are."""
         return images
