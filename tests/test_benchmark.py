@@ -136,7 +136,8 @@ def scripts_in(folder, name):
     return found
 
 
-def test_on_ray_with_a_process_that_is_killed(workplace):
+@pytest.mark.parametrize("victim", ["script", "worker"])
+def test_on_ray_with_a_process_that_is_killed(workplace, victim):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2", "--engine",
                     "ray", "--cpus_per_cell", "0.5")
@@ -144,13 +145,17 @@ def test_on_ray_with_a_process_that_is_killed(workplace):
     while process.poll() is None and not killed:
         time.sleep(0.05)
         for pid in scripts_in(workplace, "/main.py")[:1]:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if victim == "worker":
+                    pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                    assert "ray" in Path(f"/proc/{pid}/cmdline").read_text()
                 os.kill(pid, signal.SIGKILL)
                 killed = True
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert killed
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+    assert not Path("results/errors.jsonl").exists()
 
 
 def test_ctrl_c_ends_what_runs_on_ray(workplace):
