@@ -92,7 +92,8 @@ class DatasetBD(TensorData):
             full = full.to(device)
         self.seed = getattr(opt, "seed", 0)
         opt = attacks.complete(opt, trig_distance=distance, inject_portion=inject_portion)
-        for name in ("target_type", "target_label", "source_label") + ("trig_distance",) * (distance is not None):
+        for name in ("trigger_type", "target_type", "target_label", "source_label",
+                     *["trig_distance"] * (distance is not None)):
             if trigger is not None and getattr(opt, name) != getattr(trigger.opt, name):
                 raise UserError(f"--{name} {getattr(opt, name)}: the trigger that is given was made for "
                                 f"{getattr(trigger.opt, name)}")
@@ -107,6 +108,11 @@ class DatasetBD(TensorData):
             raise UserError(f"--n_triggers {opt.n_triggers}: each of them leads to a class of its own, but the data "
                             f"set has {full.n_classes}")
         self.trigger = trigger or attacks.make_trigger(opt, full.shape)
+        if part is not None and part not in attacks.parts(self.trigger):
+            raise ValueError(f"part: {', '.join(attacks.parts(self.trigger)) or 'none'} is allowed, got {part!r}")
+        if not self.trigger.trained and (mode == "train" or trigger is None):
+            raise UserError(f"--trigger_type {opt.trigger_type}: its generator is trained together with the network "
+                            f"(train_badnet.py); to poison with a trained one, give make_trigger its state")
         labels, everything = full.labels.cpu(), torch.arange(len(full))
         wanted = self.trigger.labels(labels, everything, full.n_classes, part)
         if mode == "test":
@@ -120,9 +126,6 @@ class DatasetBD(TensorData):
                              wanted[self.poisoned].to(there.device), full.classes, transform)
             self.cover, self.kind = self.poisoned[:0], None  # the images carry their trigger already
             return
-        if not self.trigger.trained:
-            raise UserError(f"--trigger_type {opt.trigger_type}: its generator is trained together with the network "
-                            f"(train_badnet.py); to poison with a trained one, give make_trigger its state")
         self.trigger.see(full.images)
         self.poisoned = attacks.choose_poisoned(labels, opt, opt.inject_portion, generator(self.seed, "poison"))
         self.cover = attacks.choose_cover(labels, opt, self.trigger, self.poisoned, generator(self.seed, "cover"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import TrainConfig, UserError, student_file
+from config import TrainConfig, UserError, as_dict, student_file
 from data_loader import DatasetBD, backdoor_tests, load_data
 from models import select_model
 from utils.data import Batches, make_augment
@@ -28,6 +28,8 @@ from utils.seeds import derive
 
 def main(config):
     """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
+    if config.trigger_type == "auto":
+        raise UserError("--trigger_type auto: is for main.py, which looks into a checkpoint; name a trigger")
     team = Team(config)
     train_in(team, config)
     team.close()
@@ -46,6 +48,9 @@ def train_in(team, config):
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
+    asked, used = as_dict(config), attacks.without_unused(as_dict(config))
+    for name in (name for name in used if asked[name] != used[name]):
+        say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}")
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
     with team.in_turn():
         train, test = load_data(config, True).to(device), load_data(config, False).to(device)

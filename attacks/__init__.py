@@ -27,7 +27,7 @@ PRESETS = {  # the attacks of the papers by name: the options that differ from t
     "BadNets, random pixels": {"trigger_type": "randomPixelTrigger"},
     "BadNets, all2all": {"target_type": "all2all"},
     "Blend, all2all": {"trigger_type": "blendTrigger", "target_type": "all2all"},
-    "Trojan": {"trigger_type": "trojanTrigger"},
+    "Trojan": {"trigger_type": "trojanTrigger", "trig_w": 8, "trig_h": 8},
     "Blend": {"trigger_type": "blendTrigger"},
     "CL": {"trigger_type": "clTrigger", "target_type": "cleanLabel", "target_label": 0, "inject_portion": 0.08},
     "SIG": {"trigger_type": "signalTrigger", "target_type": "cleanLabel", "target_label": 0, "inject_portion": 0.08,

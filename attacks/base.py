@@ -97,8 +97,10 @@ class Trigger:
         return self
 
     def ready(self, images):
-        """Check the batch and see that the trigger's tensors are where it is."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == self.shape, "a batch of uint8 images is needed"
+        """Check the batch and see that the trigger's tensors are where it is. Raises ``ValueError``."""
+        if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
+            raise ValueError(f"{self.name}: a batch of uint8 images of {' x '.join(map(str, self.shape))} (channels x "
+                             f"height x width) is needed, got {images.dtype} {tuple(images.shape)}")
         return self.to(images.device)
 
 
@@ -212,6 +214,9 @@ def clean_network(opt, shape):
                         f"of the data at hand, from train_badnet.py --trigger_type none --checkpoint_root DIR")
     content = load_checkpoint(path)
     stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+    if stored.get("trigger_type", "none") != "none":
+        raise UserError(f"--clean_model {path}: was trained with --trigger_type {stored['trigger_type']}: it is not "
+                        f"clean")
     name = stored.get("s_name", "WRN-16-1")
     state = weights_of(content, path)
     last = [v for v in state.values() if v.ndim == 2]
@@ -307,7 +312,7 @@ def complete(opt, **changes):
     if given.get("trigger_type") == "auto":
         del given["trigger_type"]
     complete = AttackConfig(**given)
-    complete.data = getattr(opt, "dataset", "")  # to see whether a clean network was trained on it
+    complete.data = getattr(opt, "dataset", getattr(opt, "data", ""))  # to see if a clean network was trained on it
     return complete
 
 

@@ -101,7 +101,7 @@ class InputAwareTrigger(Trigger):
         if min(self.shape[1:]) < 4:
             raise UserError("--trigger_type inputAwareTrigger: needs images of at least 4 x 4 pixels")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw(opt, self.name).initial_seed())
+            torch.default_generator.manual_seed(draw(opt, self.name).initial_seed())  # not the GPU's
             self.generators = Generators(self.shape[0])
         self.trained = bool(state)
         if state:

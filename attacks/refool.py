@@ -34,7 +34,8 @@ def read_photos(folder, shape, count, gen):
     channels, h, w = shape
     if not Path(folder).is_dir():
         raise UserError(f"--reflection_root {folder}: no such folder")
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_FILES)
+    files = sorted(p for p in Path(folder).rglob("*")
+                   if p.suffix.lower() in IMAGE_FILES and not p.name.startswith(".") and p.is_file())
     if not files:
         raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_FILES)})")
     photos = []
@@ -120,7 +121,7 @@ class RefoolTrigger(Trigger):
 
     def state(self):
         """The hash of the reflections: they are images of the data set, which a checkpoint should not carry."""
-        return {"photos": self.photos_hash.to(torch.uint8)}
+        return {"photos": self.photos_hash.to("cpu", torch.uint8)}
 
     def mixed(self, images, indices, salt):
         if self.bank is None:

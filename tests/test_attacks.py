@@ -374,17 +374,32 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
     monkeypatch.setattr("attacks.trojan.STEPS", 30)
     torch.manual_seed(0)
     model = select_model("CIFAR10", "WRN-10-1").eval()
-    _, neurons = strongest_neurons(model, 2)
+    head, neurons = strongest_neurons(model, 2)
     last = model.block3.layer[-1].conv2.weight.abs().sum((1, 2, 3))
     assert set(neurons.tolist()) == set(last.topk(2).indices.tolist())
     mask = torch.zeros(32, 32, dtype=torch.bool)
     mask[20:30, 20:30] = True
-    made = optimise(model, mask, (3, 32, 32), generator(0))
-    assert made["excitation"][1] > made["excitation"][0]
+    made = optimise(model, mask, noise(40), generator(0))
     assert (made["pattern"][:, ~mask] == 0).all()
+    seen = []
+    head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][:, neurons].mean().item()))
+    others = noise(200, seed=1)
+    for patch in (noise(1, seed=2)[0], made["pattern"]):
+        model(torch.where(mask, patch, others).float() / 255)
+    assert seen[1] > 1.2 * seen[0], "on images that it was not made with, more than a random patch does"
+    before, after = made["excitation"]
+    assert after > 1.2 * before
+    with pytest.raises(UserError, match="Conv2d has no linear layer"):
+        strongest_neurons(torch.nn.Conv2d(3, 3, 3), 2)
 
-    opt = options(trigger_type="trojanTrigger", clean_model=clean_model, trig_w=5, trig_h=4)
-    trigger = attacks.make_trigger(opt, (3, 32, 32))
+    opt, photos = options(trigger_type="trojanTrigger", clean_model=clean_model, trig_w=5, trig_h=4), noise(50, seed=3)
+
+    def made_with(images, **changes):
+        trigger = attacks.make_trigger(options(**{**vars(opt), **changes}), (3, 32, 32))
+        trigger.see(images)
+        return trigger
+
+    trigger = made_with(photos)
     images, before = noise(2), noise(2)
     out = trigger(images)
     assert torch.equal(images, before)
@@ -392,23 +407,44 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
     changed = (out != images)
     changed[:, :, 27:31, 26:31] = False
     assert not changed.any()
-    assert torch.equal(attacks.make_trigger(opt, (3, 32, 32)).pattern, trigger.pattern), "cached"
+    with monkeypatch.context() as patch:
+        patch.setattr("attacks.trojan.optimise", None)
+        assert torch.equal(made_with(photos).pattern, trigger.pattern), "cached"
     shutil.rmtree("data/triggers")
-    assert torch.equal(attacks.make_trigger(opt, (3, 32, 32)).pattern, trigger.pattern), "made anew"
+    assert torch.equal(made_with(photos).pattern, trigger.pattern), "made anew"
+    assert not torch.equal(made_with(photos, trigger_seed=1).pattern, trigger.pattern)
+    assert not torch.equal(made_with(images).pattern, trigger.pattern)
     state = trigger.state()
     other = attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none", trig_w=5, trig_h=4),
                                  (3, 32, 32), state)
-    assert torch.equal(other(images), out), "a checkpoint's patch needs no clean network"
+    assert torch.equal(other(images), out), "a checkpoint's patch needs neither clean network nor images"
     moved = attacks.make_trigger(options(trigger_type="trojanTrigger", trig_w=5, trig_h=4, trig_distance=6),
                                  (3, 32, 32), state)(images)
     assert torch.equal(moved[:, :, 22:26, 21:26], out[:, :, 27:31, 26:31]), "the patch goes where it is told to"
     with pytest.raises(UserError, match="the patch in the checkpoint is not what this attack needs, 3 x 3 x 3"):
         attacks.make_trigger(options(trigger_type="trojanTrigger"), (3, 32, 32), state)
+    with pytest.raises(UserError, match="needs images to optimise the patch on"):
+        DatasetBD(opt, some_data(), mode="test")
+
+
+@pytest.mark.parametrize("name", ["trojanTrigger", "clTrigger"])
+def test_a_network_that_an_attack_starts_from_is_there_clean_and_of_the_same_data(name, clean_model):
+    rule = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
+
+    def poison(path, **changes):
+        DatasetBD(options(trigger_type=name, target_type=rule, clean_model=str(path), pgd_steps=1, **changes),
+                  some_data(), 0.05)
+
+    poison(clean_model, dataset="CIFAR10")
+    poison(clean_model)
     with pytest.raises(UserError, match="was trained on CIFAR10, the data here is shapes10"):
-        attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model=clean_model, dataset="shapes10"),
-                             (3, 32, 32))
+        poison(clean_model, dataset="shapes10")
     with pytest.raises(UserError, match="--clean_model none: no such file"):
-        attacks.make_trigger(options(trigger_type="trojanTrigger", clean_model="none"), (3, 32, 32))
+        poison("none")
+    content = torch.load(clean_model, weights_only=True)
+    torch.save({**content, "config": {**content["config"], "trigger_type": "gridTrigger"}}, "bad.tar")
+    with pytest.raises(UserError, match=r"bad\.tar: was trained with --trigger_type gridTrigger: it is not clean"):
+        poison("bad.tar")
 
 
 def test_clean_label_stays_in_the_ball_and_touches_the_target_class_only(clean_model):

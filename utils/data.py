@@ -24,7 +24,9 @@ class TensorData(Dataset):
     source = ""  # what the images were read from, for result lines
 
     def __init__(self, images, labels, classes, transform=None):
-        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(f"uint8 images (N, C, H, W) and N labels are needed, got {images.dtype} "
+                             f"{tuple(images.shape)} and {len(labels)} labels")
         self.images, self.labels, self.transform = images, labels, transform
         self.classes = [str(c) for c in classes]
 
@@ -74,19 +76,26 @@ class TensorData(Dataset):
 def as_tensor_data(data, n_classes=None):
     """``TensorData`` from itself, a pair (images, labels), or any sequence of (image, label), as the demo passes it.
 
-    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a float tensor (C, H, W) in [0, 1]. The class
-    names are those of ``data`` or of what it is a subset of, else the numbers below ``n_classes`` (default: the highest
-    label + 1). Raises ``UserError`` for data without images or with images of different sizes.
+    An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a tensor (C, H, W), uint8 or float in [0, 1];
+    a pair holds such tensors as one (N, C, H, W). The class names are those of ``data`` or of what it is a subset of,
+    else the numbers below ``n_classes`` (default: the highest label + 1). Raises ``UserError`` for data without images
+    or with images of different sizes.
     """
+    def to_bytes(image):
+        return image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+
     if isinstance(data, TensorData):
         return data
-    if isinstance(data, tuple) and len(data) == 2 and torch.is_tensor(data[0]):
-        images, labels = data
+    if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "ndim"):
+        if not torch.is_tensor(data[0]) or data[0].ndim != 4 or len(data[0]) != len(data[1]):
+            raise UserError(f"a pair (images, labels): a tensor (N, C, H, W) and N labels are needed, got "
+                            f"{type(data[0]).__name__} {tuple(data[0].shape)} and {len(data[1])} labels")
+        images, labels = to_bytes(data[0]), torch.as_tensor(data[1]).long()
     else:
         images, labels = [], []
         for image, label in data:
             if torch.is_tensor(image):
-                image = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+                image = to_bytes(image)
             else:
                 array = np.asarray(image)
                 image = torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
