@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attacks
 from attacks.clean_label import pgd
 from attacks.input_aware import diversity
+from attacks.refool import ghosted, out_of_focus
 from attacks.shape import shape_mask
 from attacks.signal import signal
 from attacks.trojan import optimise, strongest_neurons
@@ -84,6 +85,7 @@ def test_four_corners_are_equal_and_equally_far_from_the_edges():
     image = stamp(trigger_type="fourCornerTrigger")[0, 0]
     patches = [image[rows, cols] for rows in (slice(1, 4), slice(28, 31)) for cols in (slice(1, 4), slice(28, 31))]
     assert all(torch.equal(p, patches[0]) for p in patches)
+    assert patches[0].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
     assert (image != 100).sum() == 36
 
 
@@ -105,6 +107,15 @@ def test_every_trigger_is_a_pure_function(name, shape):
     assert torch.equal(images, before)
     assert not torch.equal(stamped[0], images)
     assert trigger(images[:0]).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("name", [name for name in STATIC if name != "inputAwareTrigger"])
+def test_a_sample_is_poisoned_alike_in_any_batch(name):
+    data, order = some_data(per_class=4), torch.randperm(40, generator=generator(0))
+    train = DatasetBD(options(trigger_type=name, cover_portion=0.0), data, 0.7)
+    whole = train.stamped(data.images, torch.arange(40))
+    assert torch.equal(train.stamped(data.images[order], order), whole[order])
+    assert all(torch.equal(train.take(torch.tensor([i])).images[0], whole[i]) for i in range(40))
 
 
 @pytest.mark.parametrize("name", ["randomPixelTrigger", "blendTrigger", "wanetTrigger", "multiTrigger"])
@@ -145,6 +156,7 @@ def test_random_pixels_are_somewhere_else_each_and_the_same_in_all_images():
     assert rows.max() - rows.min() > 16
     assert cols.max() - cols.min() > 16
     assert len(rows.unique()) > 8
+    assert trigger.pattern[:, trigger.mask].unique().numel() > 30
     images = noise(3)
     out = trigger(images)
     for image, stamped in zip(images, out, strict=True):
@@ -232,6 +244,22 @@ def test_wanet_noise_is_drawn_anew_and_can_be_repeated():
     assert torch.equal(first, train.stamped(data.images[part], part, 0))
     assert not torch.equal(first, train.stamped(data.images[part], part, 1))
     assert not torch.equal(first, train.trigger(data.images[part]))
+    other = DatasetBD(options(trigger_type="wanetTrigger", seed=1), data, trigger=train.trigger)
+    assert not torch.equal(other.cover, train.cover)
+    other.kind[part] = 2
+    assert not torch.equal(first, other.stamped(data.images[part], part, 0))
+
+
+def test_wanet_noise_is_added_to_the_warp_and_less_than_a_pixel(monkeypatch):
+    trigger = attacks.make_trigger(options(trigger_type="wanetTrigger"), (3, 32, 32))
+    grids = []
+    monkeypatch.setattr(trigger, "warp", lambda images, grid: grids.append(grid) or images)
+    trigger.cover(noise(20), None, generator(0))
+    assert grids[0].abs().max() <= 1
+    moved = (grids[0] - trigger.grid)[:, 4:-4, 4:-4] * 32  # where nothing is clipped
+    assert 0.99 < moved.abs().max() <= 1 + 1e-4
+    assert moved.mean().abs() < 0.02
+    assert moved.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.02)
 
 
 def test_patches_let_the_image_show_through():
@@ -292,6 +320,12 @@ def test_multi_trigger_parts_and_labels():
     same = attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5), (3, 32, 32))
     assert attacks.parts(same)[-1] == "all triggers"
     assert torch.equal(same(black, part="all triggers")[0], mixed.amax(0))
+    patches = [p[:, m[0]] for p, m in zip(same.patterns, same.masks, strict=True)]
+    assert len({p.numpy().tobytes() for p in patches}) == 5
+    faint = attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5, transparency=0.8), (3, 32, 32))
+    assert faint(black, part="all triggers").max() == 51
+    with pytest.raises(ValueError, match="part: trigger 1, .* is allowed, got 'trigger 9'"):
+        DatasetBD(opt, data, mode="test", trigger=train.trigger, part="trigger 9")
     with pytest.raises(UserError, match="overlap"):
         attacks.make_trigger(options(trigger_type="multiTrigger", n_triggers=5, trig_w=14, trig_h=14), (3, 32, 32))
     with pytest.raises(UserError, match="made for --trigger_type multiTrigger"):
@@ -313,6 +347,9 @@ def test_class_specific_poisons_the_source_and_covers_others():
     assert test.true_labels.unique().tolist() == [2]
     others = DatasetBD(opt, data, mode="test", trigger=train.trigger, part="other classes")
     assert others.true_labels.unique().tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
+    everywhere = DatasetBD(options(target_type="classSpecific", source_label=2, cover_portion=0.9), data, 0.05)
+    assert everywhere.cover.tolist() == (data.labels != 2).nonzero().flatten().tolist()
+    assert not torch.equal(train.cover, DatasetBD(options(**{**vars(opt), "seed": 1}), data, 0.05).cover)
     with pytest.raises(UserError, match="--source_label 5: must differ"):
         DatasetBD(options(target_type="classSpecific", source_label=5), data)
     with pytest.raises(UserError, match="--cover_portion: 200 cover"):
@@ -341,7 +378,18 @@ def test_refool_mixes_a_reflection_of_the_set():
     expected = (255 * light ** (1 / 2.2)).round().to(torch.uint8)
     for image in out:
         assert any(torch.equal(image, e) for e in expected)
-    assert len(out.unique(dim=0)) > 1
+    many = trigger(grey[:1].expand(300, -1, -1, -1))
+    assert len(many.unique(dim=0)) == 12, "all reflections in all kinds are drawn"
+    sharp, blurred, ghost = (trigger.bank[k:k + 4].float() for k in (0, 4, 8))
+    assert (blurred.std((1, 2, 3)) < 0.5 * sharp.std((1, 2, 3))).all()
+    assert (ghost.std((1, 2, 3)) < 0.95 * sharp.std((1, 2, 3))).all()
+    assert (ghost.std((1, 2, 3)) > 1.3 * blurred.std((1, 2, 3))).all()
+    other = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4, n_candidates=10,
+                                         trigger_seed=1), shape)
+    other.see(photos)
+    first = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4, n_candidates=10), shape)
+    first.see(photos)
+    assert not torch.equal(first.bank[:4], other.bank[:4])
     assert not torch.equal(out, trigger.poison(grey, torch.arange(12))), "test and training draw their own"
     again = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape, trigger.state())
     again.see(photos)
@@ -351,6 +399,20 @@ def test_refool_mixes_a_reflection_of_the_set():
     constant = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4), shape)
     constant.see(torch.full((5, *shape), 200, dtype=torch.uint8))
     assert (constant.bank == 200).all(), "each kind's weights sum to one"
+
+
+def test_refools_blur_and_ghost_are_the_closed_forms():
+    dot = torch.zeros(1, 1, 15, 15)
+    dot[0, 0, 7, 7] = 1.0
+    blurred = out_of_focus(dot, torch.tensor([1.5]))[0, 0]
+    assert blurred.sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(blurred, blurred.T)
+    for d in (1, 2, 4):
+        assert (blurred[7, 7 + d] / blurred[7, 7]).item() == pytest.approx(math.exp(-d * d / 4.5), rel=1e-4)
+    ghost = ghosted(dot, torch.tensor([3]), torch.tensor([0.7]))[0, 0]
+    assert ghost[7, 7].item() == pytest.approx(0.7)
+    assert ghost[10, 10].item() == pytest.approx(0.3)
+    assert (ghost != 0).sum() == 2
 
 
 def test_refool_from_a_folder(tmp_path):
@@ -364,6 +426,9 @@ def test_refool_from_a_folder(tmp_path):
         with pytest.raises(UserError, match=words):
             attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / folder)),
                                  (3, 32, 32))
+    (tmp_path / "photos" / "folder.jpg").mkdir()
+    (tmp_path / "photos" / "._a.jpg").write_text("what a Mac leaves beside a file")
+    attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / "photos")), (3, 32, 32))
     (tmp_path / "photos" / "a.jpg").write_text("no image")
     with pytest.raises(UserError, match=r"a\.jpg cannot be read"):
         attacks.make_trigger(options(trigger_type="refoolTrigger", reflection_root=str(tmp_path / "photos")),
@@ -499,6 +564,8 @@ def test_input_aware_gives_each_image_its_own_trigger_and_trains_jointly(clean_m
     trigger = attacks.make_trigger(opt, (3, 32, 32))
     with pytest.raises(UserError, match="trained together with the network"):
         DatasetBD(opt, some_data())
+    with pytest.raises(UserError, match="trained together with the network"):
+        DatasetBD(opt, some_data(), mode="test")
     trigger.see(noise(64))
     joint = trigger.network(model, 10)
     images, labels = torch.rand(40, 3, 32, 32), torch.zeros(40, dtype=torch.int64)
@@ -545,6 +612,11 @@ def test_input_aware_loss_poisons_and_crosses_its_shares():
     assert not torch.allclose(own, lent, atol=1e-2)
     hit, miss = (-torch.log_softmax(torch.tensor([4.0] + [0.0] * 9), 0)[k].item() for k in (0, 1))
     assert loss.item() == pytest.approx((hit + miss) / 2, rel=1e-5), "half of the labels are the target's"
+    every = attacks.make_trigger(options(trigger_type="inputAwareTrigger", inject_portion=0.5, diversity_weight=0.0,
+                                         target_type="all2all"), (3, 32, 32))
+    joint = every.network(Look(), 10)
+    assert every.loss(joint, images, labels + 4)[0].item() == pytest.approx((hit + miss) / 2, rel=1e-5)
+    assert every.loss(joint, images, labels)[0].item() == pytest.approx(miss, rel=1e-5)
 
 
 def test_input_aware_masks_stay_small(monkeypatch):
@@ -587,7 +659,7 @@ def test_arguments_of_the_set_are_checked_like_options():
     with pytest.raises(UserError, match="--inject_portion"):
         DatasetBD(options(), some_data(), -0.1)
     trigger = attacks.make_trigger(options(), (3, 32, 32))
-    for name, value in (("target_label", 3), ("target_type", "all2all")):
+    for name, value in (("target_label", 3), ("target_type", "all2all"), ("trigger_type", "blendTrigger")):
         with pytest.raises(UserError, match=f"--{name} {value}: the trigger that is given was made for"):
             DatasetBD(options(**{name: value}), some_data(), mode="test", trigger=trigger)
     with pytest.raises(UserError, match="--trig_distance 7: the trigger that is given was made for -1"):
@@ -639,6 +711,23 @@ def test_data_that_is_no_set_of_images_is_said_in_one_line():
         DatasetBD(options(), [])
     with pytest.raises(UserError, match="different sizes, such as 3 x 32 x 32 and 3 x 8 x 8"):
         DatasetBD(options(), [(torch.zeros(3, 32, 32), 0), (torch.zeros(3, 8, 8), 1)])
+    with pytest.raises(UserError, match="a pair .*ndarray"):
+        DatasetBD(options(), (np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 2, 3]))
+    with pytest.raises(UserError, match="N labels are needed.*3 labels"):
+        DatasetBD(options(), (noise(4), [0, 1, 2]))
+    trigger = attacks.make_trigger(options(), (3, 32, 32))
+    for images in (noise(2).float(), noise(2, (3, 8, 8))):
+        with pytest.raises(ValueError, match="uint8 images of 3 x 32 x 32"):
+            trigger(images)
+
+
+def test_a_pair_of_tensors_is_read_like_single_images():
+    images, labels = noise(6), [0, 1, 2, 3, 4, 5]
+    for given in ((images, labels), (images / 255, torch.tensor(labels, dtype=torch.int32))):
+        data = DatasetBD(options(), given, 0.0)
+        assert torch.equal(data.images, images)
+        assert data.labels.dtype == torch.int64
+        assert data.labels.tolist() == labels
 
 
 def test_presets_are_real_and_have_names():
@@ -680,6 +769,15 @@ def test_clean_label_takes_the_target_class_only_and_not_more_than_it_has():
     assert (labels[chosen] == 3).all()
     with pytest.raises(UserError, match="class 3 has only 100"):
         attacks.choose_poisoned(labels, clean, 0.11, generator(0))
+
+
+def test_nothing_is_drawn_from_the_global_streams(monkeypatch):
+    """Neither the CPU's nor, as ``torch.manual_seed`` would, the GPUs' are seeded."""
+    monkeypatch.setattr(torch, "manual_seed", None)
+    before = torch.get_rng_state()
+    for name in STATIC:
+        attacks.make_trigger(options(trigger_type=name), (3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))

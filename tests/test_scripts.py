@@ -295,6 +295,7 @@ def test_main_interrupted_and_resumed_is_bit_identical(copied):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--trigger_type", "grid"], "--trigger_type: one of blendTrigger, clTrigger"),
+    (["--trigger_type", "auto"], "--trigger_type auto: is for main.py"),
     (["--target_label", "10"], "--target_label 10: the data set has the classes 0 to 9"),
     (["--trig_w", "33"], "does not fit into an image 32 wide"),
     (["--device", "cuda:99"], "--device cuda:99: not on this machine"),
@@ -314,6 +315,14 @@ def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
     assert len(error.strip().splitlines()) == 1
     assert not list(workplace.rglob("*model_best.pth.tar"))
     assert not list(workplace.rglob("*.jsonl"))
+
+
+def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, capsys):
+    assert train("--blend_alpha", "0.5", "--trig_w", "4", "--source_label", "3", "--save", "0") == 0
+    out = capsys.readouterr().out
+    assert "note: --blend_alpha is not used by --trigger_type gridTrigger --target_type all2one" in out
+    assert "note: --source_label is not used" in out
+    assert out.count("is not used") == 2
 
 
 @pytest.mark.parametrize(("argv", "message"), [
