@@ -148,7 +148,8 @@ class DatasetBD(TensorData):
         """A copy of ``images``, uint8 ``(B, C, H, W)`` of the samples ``indices``, with the poisoned ones stamped.
 
         ``indices``, int64 ``(B,)``, are on the CPU, so that finding the poisoned ones does not wait for the device.
-        What is random in cover samples depends on the seed, the ``epoch`` and the batch's first sample.
+        What is random in cover samples depends on the seed, the ``epoch`` and the batch's first sample; single samples
+        (``data[i]``) are those of epoch 0.
         """
         if self.kind is None:
             return images

@@ -1,6 +1,7 @@
 """Several triggers in one network (SAGE, sections VI-A and VI-B): ``--n_triggers`` patches, each at a place of its own.
 
-Each poisoned training image carries one of them. With all2one every trigger leads to the same target, with
+Each poisoned training image carries one of them, by its place in the set modulo their number, which supposes that the
+labels do not go round and round. With all2one every trigger leads to the same target, with
 ``--target_type multiLabel`` trigger k leads to target + k (SAGE: targets 3; 3, 4, 5; 3 to 7). At test each trigger is
 measured apart and, where they share a target, all of them together.
 """
