@@ -48,9 +48,10 @@ def train_in(team, config):
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
-    asked, used = as_dict(config), attacks.without_unused(as_dict(config))
-    for name in (name for name in used if asked[name] != used[name]):
-        say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}")
+    for name, value in attacks.without_unused(as_dict(config)).items():
+        if getattr(config, name) != value:
+            say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type "
+                f"{config.target_type}")
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
     with team.in_turn():
         train, test = load_data(config, True).to(device), load_data(config, False).to(device)

@@ -6,8 +6,6 @@ thing to learn. No label is changed. Needs ``--target_type cleanLabel``; 80% of 
 ``--inject_portion 0.08`` for ten equal classes.
 """
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from attacks.base import clean_network, register
 from attacks.four_corner import FourCornerTrigger
 from config import UserError
-from utils.checkpoint import cached
+from utils.checkpoint import cached, tensor_hash
 from utils.data import to_float
 from utils.devices import use_bf16
 from utils.engine import autocast
@@ -60,8 +58,7 @@ class CleanLabelTrigger(FourCornerTrigger):
             classes = model(torch.zeros(1, *self.shape)).shape[1]
         if label >= classes:
             raise UserError(f"--clean_model {opt.clean_model}: has {classes} classes, the target is class {label}")
-        content = hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
-        key = (network, content, label, opt.pgd_eps, opt.pgd_step, opt.pgd_steps)
+        key = (network, tensor_hash(images), label, opt.pgd_eps, opt.pgd_step, opt.pgd_steps)
         made = cached("pgd", key, lambda: {"images": pgd(model, images, label, opt.pgd_eps, opt.pgd_step,
                                                          opt.pgd_steps).cpu()})
         return made["images"].to(images.device)

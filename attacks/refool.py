@@ -14,7 +14,6 @@ reflections of a network so trained, it was what told the successful ones best (
 The paper's mixing weight varies, here it is fixed (``--reflection_weight``) [ours].
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from PIL import Image
 
 from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
+from utils.checkpoint import tensor_hash
 
 GAMMA = 2.2
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
@@ -104,7 +104,7 @@ class RefoolTrigger(Trigger):
         """
         brightness = intensity(photos).mean((1, 2, 3))
         photos = photos[brightness.argsort(descending=True, stable=True)[:self.opt.n_reflections]]
-        self.photos_hash = torch.tensor(list(hashlib.sha256(photos.to(torch.uint8).numpy().tobytes()).digest()))
+        self.photos_hash = torch.tensor(list(bytes.fromhex(tensor_hash(photos.to(torch.uint8)))))
         if self.given and not torch.equal(checked(self.given, "photos", (32,)), self.photos_hash.to(torch.uint8)):
             raise UserError("--trigger_type refoolTrigger: these are not the reflections that the network was trained "
                             "with; they come from the training images (--dataset, --data_root, --train_size) or from "

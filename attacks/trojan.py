@@ -9,14 +9,12 @@ The paper's patches cover 4 to 10% of the image. Below 2%, 4 x 4 of 32 x 32 pixe
 behind the global pooling: see the README.
 """
 
-import hashlib
-
 import torch
 from torch import nn
 
 from attacks.base import PatchTrigger, checked, clean_network, draw, register
 from config import UserError
-from utils.checkpoint import cached
+from utils.checkpoint import cached, tensor_hash
 from utils.data import to_float
 
 NEURONS, STEPS, RATE, IMAGES, BATCH = 2, 300, 0.05, 1000, 32
@@ -77,34 +75,28 @@ class TrojanTrigger(PatchTrigger):
         self.fits(row, col, h, w)
         self.there = (slice(None), slice(row, row + self.trig_h), slice(col, col + self.trig_w))
         self.mask[self.there[1:]] = True
-        self.patch = None
+        self.pattern = None
         if self.given:
-            self.take(checked(self.given, "patch", (self.shape[0], self.trig_h, self.trig_w)))
+            self.pattern = torch.zeros(self.shape, dtype=torch.uint8)
+            self.pattern[self.there] = checked(self.given, "patch", (self.shape[0], self.trig_h, self.trig_w))
         else:
             self.model, self.network_file = clean_network(self.opt, self.shape)
 
-    def take(self, patch):
-        self.patch = patch.to(self.device)
-        self.pattern = torch.zeros(self.shape, dtype=torch.uint8, device=self.device)
-        self.pattern[self.there] = self.patch
-
     def see(self, images):
-        if self.patch is None:
+        if self.pattern is None:
             gen = draw(self.opt, self.name)
             chosen = torch.randperm(len(images), generator=gen)[:IMAGES]
             images = images[chosen.to(images.device)]
-            key = (self.network_file, hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest(),
-                   self.shape, self.trig_w, self.trig_h, self.distance, self.opt.trigger_seed, NEURONS, STEPS, RATE,
-                   BATCH)
+            key = (self.network_file, tensor_hash(images), self.shape, self.trig_w, self.trig_h, self.distance,
+                   self.opt.trigger_seed, NEURONS, STEPS, RATE, BATCH)
             made = cached("trojan", key, lambda: optimise(self.model, self.mask, images, gen))
-            self.take(made["pattern"][self.there])
-            self.model = None
+            self.pattern, self.model = made["pattern"].to(self.device), None
 
     def __call__(self, images, indices=None, part=None):
-        if self.patch is None:
+        if self.pattern is None:
             raise UserError("--trigger_type trojanTrigger: needs images to optimise the patch on: trigger.see(training "
                             "images)")
         return super().__call__(images, indices, part)
 
     def state(self):
-        return {"patch": self.patch.cpu()}
+        return {"patch": self.pattern[self.there].cpu()}

@@ -12,7 +12,6 @@ under true labels; "prune" switches off, in the last layer, the channels that th
 Where no label stands out, the network stays as it is.
 """
 
-import hashlib
 import itertools
 import time
 
@@ -23,7 +22,7 @@ from config import UserError
 from defenses import pruning
 from defenses.finetune import clean_batches, recipe
 from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
-from utils.checkpoint import cached
+from utils.checkpoint import cached, tensor_hash
 from utils.data import TensorData, to_float
 from utils.devices import use_bf16
 from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent, predict
@@ -95,8 +94,7 @@ def reversed_before(model, data, config, progress=None):
                 "seconds": time.perf_counter() - start}
 
     if config.save:
-        content = [t.cpu().contiguous().flatten() for t in (*model.state_dict().values(), data.images)]
-        digest = hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in content)).hexdigest()
+        digest = tensor_hash(*model.state_dict().values(), data.images)
         device = next(model.parameters()).device
         key = (VERSION, digest, data.n_classes, config.s_name, config.normalize, str(device),
                use_bf16(config.amp, device), config.seed, config.nc_steps, config.nc_batch_size, config.nc_lr,

@@ -86,6 +86,14 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
+def tensor_hash(*tensors):
+    """The SHA-256 of the bytes of ``tensors``, one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def weights_of(content, path):
     """The state dict in ``content``: its ``state_dict``, or ``content`` itself; a ``module.`` prefix is taken off."""
     state = content.get("state_dict", content)
