@@ -153,7 +153,8 @@ def main(config):
         append_line(Path(config.log_root) / "detect.jsonl", {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
             "inputs": {"s_model": file_hash(path)}, "data": subject.source,
-            "attack": subject.about()["attack"], **result, "machine": hardware(device), "versions": versions()})
+            "attack": subject.about()["attack"], **result, "machine": hardware(device, config.amp),
+            "versions": versions()})
         say(f"saved: {folder}, and a line in {Path(config.log_root) / 'detect.jsonl'}")
 
 

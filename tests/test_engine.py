@@ -12,8 +12,9 @@ from config import EraseConfig, TrainConfig, UserError
 from data_loader import DatasetBD
 from defenses.nad import NADLoss
 from models import build
+from utils import devices
 from utils.data import Batches, TensorData
-from utils.devices import choose_device
+from utils.devices import choose_device, hardware
 from utils.engine import Progress, cross_entropy, evaluate, fit
 from utils.optim import make_optimizer, orthogonalized, rate
 
@@ -201,3 +202,11 @@ def test_a_compiled_network_learns_the_same():
         fit(model, cross_entropy, Batches(toy(), 16, seed=1), epochs=1, lr=0.01, compiled=compiled, **RECIPE)
         results.append(model.fc.weight.detach())
     assert torch.allclose(*results, atol=1e-4)
+
+
+@pytest.mark.parametrize(("amp", "has", "numbers"), [("auto", True, "bf16"), ("auto", False, "float32"),
+                                                     ("bf16", False, "bf16"), ("off", True, "float32")])
+def test_hardware_says_in_what_numbers_training_computes(monkeypatch, amp, has, numbers):
+    monkeypatch.setattr(devices, "has_bf16_instructions", lambda: has)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert hardware(torch.device("cpu"), amp).endswith(f" threads, {numbers}")

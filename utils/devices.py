@@ -26,15 +26,16 @@ def choose_device(name="auto"):
     return device
 
 
-def hardware(device):
-    """The name of what ``device`` computes on, for result lines."""
+def hardware(device, amp):
+    """The name of what ``device`` computes on and the numbers that training with ``--amp`` uses, for result lines."""
+    numbers = "bf16" if use_bf16(amp, device) else "float32"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)}, {numbers}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"{device.type}, {name}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {name}, {torch.get_num_threads()} threads, {numbers}"
 
 
 def machine():

@@ -163,7 +163,7 @@ class Journal(TerminalProgress):
         result = {"run_id": self.run_id, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
                   "inputs": self.inputs, "data": data, **more, "metrics": metrics, "history": self.history,
                   "train_seconds": round(sum(r["seconds"] for r in self.history), 1),
-                  "machine": hardware(choose_device(config.device)), "versions": versions(),
+                  "machine": hardware(choose_device(config.device), config.amp), "versions": versions(),
                   **({"resumed": True} if self.resumed else {})}
         path = Path(config.log_root) / file
         if all(r.get("run_id") != self.run_id for r in read_lines(path)):  # it is there if the run was killed just here
