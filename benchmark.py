@@ -73,7 +73,7 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
         "nad:beta1=0,beta2=0", "nad:beta1=0,beta3=0", "nad:beta2=0,beta3=0",
         "nad:p=1", "nad:p=4", "nad:attention=mean", "nad:attention=max",
         "nad:teacher_epochs=1", "nad:teacher_epochs=5", "nad:teacher_epochs=20",
-        "nad:at_loss=paper,beta1=0.5,beta2=4,beta3=16"]}],  # the same weight as the default, see at.py
+        "nad:at_loss=paper,beta1=0.5,beta2=4,beta3=16"]}],  # as heavy as the default at d = 1, see at.py
 }
 
 

@@ -185,8 +185,8 @@ class SubjectConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 class EraseConfig(SubjectConfig):
     """``python main.py``: erase the backdoor of a trained network with a few clean images."""
 
-    t_model: str = option("", "model", "checkpoint of the teacher (default: fine-tune one from the network itself)")
-    t_name: str = option("", "model", "architecture of the teacher in --t_model (default: --s_name)")
+    t_model: str = option("", "teacher", "checkpoint of the teacher (default: fine-tune one from the network itself)")
+    t_name: str = option("", "teacher", "architecture of the teacher in --t_model (default: --s_name)")
     defense: str = option("nad", "erasing", "defense, one file each in defenses/")
     epochs: int = option(10, "erasing", "epochs of erasing, and of fine-tuning beside it [paper: 10 to 20]", low=1,
                          unit="epochs")
@@ -291,7 +291,7 @@ class DetectConfig(SubjectConfig):
                                unit="images")
     strip_overlays: int = option(100, "strip", "clean images that each is superimposed with [paper]", low=1,
                                  unit="images")
-    strip_frr: float = option(0.01, "strip", "share of clean inputs that may be rejected [paper]", low=0.0, high=1.0)
+    strip_frr: float = option(0.01, "strip", "share of clean inputs that may be rejected [paper]", low=1e-6, high=0.5)
     out: str = option("pictures", "run", "folder of the PNG files and the reversed triggers")
 
 
@@ -427,7 +427,7 @@ def read_config(path, cls, read_checkpoint):
 
 
 GROUPS = ("data", "attack", "model", "training", "erasing", "finetune", "nad",
-          "attention", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
+          "teacher", "attention", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
           "ibau", "ftsam", "strip", "picture", "grid", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 

@@ -71,8 +71,13 @@ def verdict(labels, sizes):
 
 
 def cleanse(subject, config, folder):
-    """Neural Cleanse over all labels: prints a line each and the verdict, writes the triggers. Returns the results."""
-    neural_cleanse.enough_labels(subject.clean)
+    """Neural Cleanse over all labels: prints a line each and the verdict, writes the triggers. Returns the results, or
+    None for too few labels."""
+    try:
+        neural_cleanse.enough_labels(subject.clean)
+    except UserError as e:
+        say(f"note: {e}: STRIP alone is run")
+        return None
     triggers = neural_cleanse.reversed_before(subject.model, subject.clean, config, TerminalProgress())
     seconds = round(triggers.seconds, 1)
     index, suspects = neural_cleanse.anomaly_indices(triggers.norms), neural_cleanse.outliers(triggers)
@@ -128,8 +133,8 @@ def look_at_inputs(subject, config, folder):
         found["far"] = round(100 * (triggered >= limit).double().mean().item(), 2)
         found["auroc"] = round(strip.auroc(honest, triggered), 4)
     found["seconds"] = round(time.perf_counter() - start, 1)
-    say(f"STRIP: threshold {limit:.3f} bits, set on the clean subset for {config.strip_frr:.1%} false rejections; "
-        f"{found['frr']:.2f}% of clean test images are rejected"
+    say(f"STRIP: threshold {limit:.3f} bits, set on {len(own)} clean images for {config.strip_frr:.1%} false "
+        f"rejections; {found['frr']:.2f}% of clean test images are rejected"
         + (f", {found['far']:.2f}% of triggered ones accepted, AUROC {found['auroc']:.3f}" if "far" in found else "")
         + f" ({found['seconds']:.0f} s)")
     if config.save:

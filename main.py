@@ -13,12 +13,26 @@ import time
 from pathlib import Path
 
 import defenses
-from config import EraseConfig, file_name, weight_root
+from config import EraseConfig, as_dict, file_name, weight_root
 from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, use_bf16
 from utils.engine import evaluate
 from utils.run import Journal, check_writable, finished, identity, run_script, say, table
+
+
+def notes(config, n):
+    """What the user of ``config`` with ``n`` clean images should know before anything is trained: lines of text."""
+    given = as_dict(config)
+    used = defenses.without_unused(given)
+    found = [f"--{name} is not used by --defense {config.defense}" for name in given if given[name] != used[name]]
+    if config.defense == "nad" and config.beside and config.lr != config.ft_lr:
+        found.append(f"the fine-tuning beside it has another learning rate, --ft_lr {config.ft_lr:g}")
+    name = f"{config.defense}_batch_size" if f"{config.defense}_batch_size" in given else "batch_size"
+    if n < given[name]:
+        found.append(f"{n} clean images are fewer than --{name} {given[name]}: an epoch of training is one step on all "
+                     f"of them")
+    return found
 
 
 def main(config):
@@ -43,21 +57,22 @@ def main(config):
     subject = study(config, content, attack, device)
     model, clean, test = subject.model, subject.clean, subject.test
     defenses.check(model, clean, config)
+    for text in notes(config, len(clean)):
+        say(f"note: {text}")
     say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
-    if len(clean) < config.batch_size:
-        say(f"note: {len(clean)} clean images are fewer than --batch_size {config.batch_size}: an epoch of training is "
-            f"one step on all of them")
 
     about = subject.about()
 
     def measure(model):
-        return evaluate(model, test, subject.poisoned_test, subject.aim, parts=subject.parts)
+        with journal.aside():
+            return evaluate(model, test, subject.poisoned_test, subject.aim, parts=subject.parts)
 
     def report(stage, model, record):
         text = f"{stage:<9} epoch {record['epoch']:2d}/{record['epochs']}  loss {record['loss']:.4f}"
         if config.eval_every and record["epoch"] % config.eval_every == 0:
-            record.update(evaluate(model, test, subject.poisoned_test, subject.aim, amp))
+            with journal.aside():
+                record.update(evaluate(model, test, subject.poisoned_test, subject.aim, amp))
             text += f"  ACC {record['clean_acc']:5.2f}"
             text += "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
         say(f"{text}  {record['seconds']:.1f} s")
@@ -67,18 +82,19 @@ def main(config):
             if stage == "teacher":
                 rows["teacher"] = measure(model)
                 if config.save:
-                    save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "epoch": config.teacher_epochs,
+                    save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "stage": "teacher",
+                                                   "epoch": config.teacher_epochs,
                                                    "optimizer": {}, **rows["teacher"], **about,
                                                    "config": identity(config), "versions": versions()})
                     say(f"saved: {teacher_file}")
 
-    rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
     journal = EraseJournal(config, target, report)
+    rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
 
     def timed(erase, model):
-        start, reused = time.perf_counter(), journal.reused
+        start, other = time.perf_counter(), journal.other
         erased = erase(model, clean, config, journal)
-        return erased, time.perf_counter() - start + journal.reused - reused  # of this process, if it was resumed
+        return erased, time.perf_counter() - start + journal.other - other  # of this process, if it was resumed
 
     seconds = {}
     model, before = timed(defenses.begin, model)

@@ -4,9 +4,13 @@ Each input is superimposed with clean images, x + o clipped [authors' code], and
 tells: a trigger keeps the prediction at the attacker's label, so that the entropy stays low.
 
     H(x) = mean over o of  -sum_y p_y log2 p_y,   p = softmax(f(clip(x + o)))
+
+The entropies of clean inputs are taken for normally distributed; what lies below that distribution's percentile of the
+allowed false rejections is rejected [paper].
 """
 
 import math
+from statistics import NormalDist
 
 import torch
 
@@ -27,8 +31,11 @@ def entropies(model, images, overlays):
 
 
 def threshold(clean, frr):
-    """The entropy below which an input is rejected, so that a share of ``frr`` of the ``clean`` entropies (N,) is."""
-    return clean.double().quantile(frr).item()
+    """The entropy in bits below which an input is rejected: the percentile ``frr``, a share, of the normal distribution
+    with the mean and standard deviation of the ``clean`` entropies (N,), N > 1."""
+    clean = clean.double()
+    spread = clean.std().item()
+    return NormalDist(clean.mean().item(), spread).inv_cdf(frr) if spread else clean[0].item()
 
 
 def auroc(clean, triggered):

@@ -126,6 +126,7 @@ def shown_networks(subject, config):
         stored = content.get("config") if isinstance(content.get("config"), dict) else {}
         name = stored.get("defense")
         title = defenses.title(name) if name in defenses.NAMES else Path(file).stem
+        title = "fine-tuned" if content.get("stage") == "teacher" else title
         found.append((title, model.eval()))
     return found
 

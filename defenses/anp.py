@@ -87,9 +87,9 @@ def learn_masks(model, clean_data, config, progress=None):
     clean_data = clean_data.to(next(model.parameters()).device)
     batches = Batches(clean_data, config.anp_batch_size, make_augment(config), config.seed, "anp")
     masks = fit(Masks(clone(model), config.freeze_bn), MaskLoss(config.anp_alpha, config.anp_eps), batches,
-                epochs=math.ceil(config.anp_steps / len(batches)), lr=config.anp_lr, lr_schedule="constant",
-                momentum=0.9, nesterov=False, weight_decay=0.0, seed=config.seed, stage="anp", progress=progress,
-                amp=use_bf16(config.amp, clean_data.images.device))
+                epochs=math.ceil(config.anp_steps / len(batches)), lr=config.anp_lr, flag="anp_lr",
+                lr_schedule="constant", momentum=0.9, nesterov=False, weight_decay=0.0, seed=config.seed, stage="anp",
+                progress=progress, amp=use_bf16(config.amp, clean_data.images.device))
     return {name: m.detach().clamp(0, 1) for name, m in zip(masks.names, masks.masks, strict=True)}
 
 

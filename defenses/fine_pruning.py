@@ -21,8 +21,8 @@ def erase(model, clean_data, config, progress=None):
     zero_channels(model, layer, channels)
     with KeptAtZero(model, layer, channels):
         return fit(model, cross_entropy, clean_batches(clean_data, config, "finetune"), epochs=config.epochs,
-                   lr=config.ft_lr, lr_schedule=config.lr_schedule, stage="fine_pruning", progress=progress,
-                   **recipe(model, config))
+                   lr=config.ft_lr, flag="ft_lr", lr_schedule=config.lr_schedule, stage="fine_pruning",
+                   progress=progress, **recipe(model, config))
 
 
 __all__ = ["check", "erase"]

@@ -19,10 +19,11 @@ def clean_batches(clean_data, config, stage):
     return Batches(clean_data, config.batch_size, make_augment(config), config.seed, stage)
 
 
-def tune(model, clean_data, config, epochs, lr, lr_schedule, stage, progress=None, loss=cross_entropy):
-    """A copy of ``model`` fine-tuned with ``loss`` for ``epochs`` at ``lr``."""
+def tune(model, clean_data, config, epochs, lr, lr_schedule, stage, progress=None, loss=cross_entropy,
+         flag="ft_lr"):
+    """A copy of ``model`` fine-tuned with ``loss`` for ``epochs`` at ``lr``, which came from the option ``flag``."""
     return fit(clone(model), loss, clean_batches(clean_data, config, stage), epochs=epochs, lr=lr,
-               lr_schedule=lr_schedule, stage=stage, progress=progress, **recipe(model, config))
+               lr_schedule=lr_schedule, stage=stage, progress=progress, flag=flag, **recipe(model, config))
 
 
 def erase(model, clean_data, config, progress=None):

@@ -53,5 +53,5 @@ def erase(model, clean_data, config, progress=None):
     """A copy of ``model``, fine-tuned on ``clean_data`` for ``config.epochs`` at ``config.ftsam_lr``."""
     clean_data = clean_data.to(next(model.parameters()).device)
     return fit(clone(model), SAMLoss(config.ftsam_rho), clean_batches(clean_data, config, "finetune"),
-               epochs=config.epochs, lr=config.ftsam_lr, lr_schedule=config.lr_schedule, stage="ftsam",
+               epochs=config.epochs, lr=config.ftsam_lr, flag="ftsam_lr", lr_schedule=config.lr_schedule, stage="ftsam",
                progress=progress, **recipe(model, config))

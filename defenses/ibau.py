@@ -9,7 +9,8 @@ follows how d itself would answer a change of w:
 
 G = -H + ``--ibau_penalty`` ||d||_2^2 is what the inner problem minimises. As in the authors' code, d lies on a share of
 each batch only in the outer loss (``--ibau_share``): with d on all images the network forgets the clean ones. Ours: the
-sum is clipped to [0, 1], and BatchNorm's statistics stay as they are.
+sum is clipped to [0, 1], BatchNorm's statistics stay as they are, and d is held down by the penalty alone, without a
+projection. ``--ibau_iterations`` K gives v + v J + ... + v J^K; the authors' code, which starts at 0, one term less.
 """
 
 import time

@@ -5,8 +5,8 @@
 for every channel c of the last layer. The channels that the synthetic trigger raises most are switched off, one after
 another; how many is chosen on a held-out part of the clean subset: the fewest at which the synthetic trigger's success
 is lowest while accuracy falls by no more than ``--linf_drop`` points. The real trigger is never seen. ``--linf_norm``
-l1 and l2 take the other norms for comparison. The trigger is Neural Cleanse's, of the label with the smallest mask.
-Nothing is trained.
+l1 and l2 take the other norms for comparison. The trigger is Neural Cleanse's, of the label with the smallest mask; it
+is made with the whole clean subset, the held-out part too [ours]. Nothing is trained.
 """
 
 import torch

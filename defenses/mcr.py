@@ -17,7 +17,7 @@ from defenses.nad import make_teacher
 from utils.data import to_float
 from utils.engine import clone, fit
 
-USES = ("finetune",)
+USES = ("finetune", "teacher")
 
 
 def weights(model):
@@ -89,7 +89,7 @@ def curve(model, clean_data, config, progress=None):
         for name, p in bend.named_parameters():
             p.copy_((p + end.get_parameter(name)) / 2)
     bend = fit(bend, CurveLoss(weights(model), weights(end)), clean_batches(clean_data, config, "mcr"),
-               epochs=config.mcr_epochs, lr=config.ft_lr, lr_schedule=config.lr_schedule, stage="mcr",
+               epochs=config.mcr_epochs, lr=config.ft_lr, flag="ft_lr", lr_schedule=config.lr_schedule, stage="mcr",
                progress=progress, **recipe(model, config))
     return bend, end
 

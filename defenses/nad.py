@@ -19,7 +19,7 @@ from models import Features, feature_layers, needs_pixels, select_model
 from utils.data import to_float
 from utils.engine import clone, cross_entropy, fit
 
-USES = ("attention",)
+USES = ("attention", "teacher")
 
 
 class NADLoss:
@@ -69,7 +69,8 @@ def make_teacher(model, clean_data, config, progress=None):
     """The teacher: the network in ``config.t_model``, or a copy of ``model`` fine-tuned on ``clean_data``."""
     if not config.t_model:
         return tune(model, clean_data, config, config.teacher_epochs, config.teacher_lr, config.teacher_lr_schedule,
-                    "teacher", progress, SAMLoss(config.teacher_rho) if config.teacher_rho else cross_entropy)
+                    "teacher", progress, SAMLoss(config.teacher_rho) if config.teacher_rho else cross_entropy,
+                    "teacher_lr")
     channels, size = clean_data.shape[0], clean_data.shape[1]
     try:
         teacher = select_model(config.dataset, config.t_name or config.s_name, True, config.t_model,

@@ -7,9 +7,13 @@ own. lambda_t starts at ``--nc_lambda`` and is multiplied by 1.5 when the succes
 row, divided by 1.5^1.5 when it was below in 5; the smallest mask of a check that reached 99% counts. A label whose
 mask's l1 norm is an outlier on the small side (anomaly index above 2) is taken for a backdoor's target.
 
+Shorter than the paper's code [ours]: ``--nc_steps`` are steps of Adam, 1,000 in all and not about 31,000, and a check
+sees the images of 10 of them (320 by default, not 1,000).
+
 As mitigation (``--nc_mitigation``): "unlearn" fine-tunes with the reversed triggers on a fifth of the clean subset
-under true labels; "prune" switches off, in the last layer, the channels that they raise most. Both as in the paper.
-Where no label stands out, the network stays as it is.
+under true labels, for ``--epochs`` [paper: one]; "prune" switches off, in the last layer, the channels that they raise
+most, until the reversed trigger fails on held-out images (which it was made with, too). Where no label stands out, the
+network stays as it is.
 """
 
 import itertools
@@ -31,8 +35,9 @@ from utils.seeds import generator
 TITLE = "Neural Cleanse"
 USES = ("pruning", "finetune")
 
-SUCCESS, PATIENCE, RAISE = 0.99, 5, 1.5  # [paper's code]
-CHECK_EVERY = 10  # steps over which a success rate is taken
+SUCCESS, PATIENCE = 0.99, 5  # [paper's code]
+RAISE = 1.5  # [ours; paper's code: 2]
+CHECK_EVERY = 10  # steps over which a success rate is taken [ours]
 WORKS = 0.5  # share of clean images that a trigger must send to its label to count [ours]
 AT_ONCE = 10  # labels in one batched optimisation
 VERSION = 1  # of the search: results of another one are not taken from the cache
@@ -252,5 +257,5 @@ def erase(model, clean_data, config, progress=None):
         return prune(model, clean_data, config, triggers, which)
     data = Restamped(clean_data, triggers, which, config.nc_share, config.seed)
     return fit(clone(model), cross_entropy, clean_batches(data, config, "finetune"), epochs=config.epochs,
-               lr=config.ft_lr, lr_schedule=config.lr_schedule, stage="neural_cleanse", progress=progress,
+               lr=config.ft_lr, flag="ft_lr", lr_schedule=config.lr_schedule, stage="neural_cleanse", progress=progress,
                **recipe(model, config))

@@ -11,6 +11,9 @@ The learning rate is halved at the end of an interval of P epochs if, with the t
 
     (C1) the loss fell in fewer than rho P of them, or
     (C2) the rate was not changed after the interval before, and the maximum loss has not fallen since  [paper, eq. 6]
+
+Ours, since the paper leaves it open: the loss is the training loss of an epoch, augmented and with the self-attention
+terms; the maximum is that within an interval; P, rho and the first rate.
 """
 
 import itertools
@@ -113,5 +116,5 @@ def erase(model, clean_data, config, progress=None):
     schedule = {"dynamic": lambda losses: rate_factor(losses, config.sage_interval, config.sage_rho),
                 "fixed": "constant", "step": "tenths"}[config.sage_rate]
     return fit(clone(model), make_loss(model, config), clean_batches(clean_data, config, "finetune"),
-               epochs=config.epochs, lr=config.sage_lr, lr_schedule=schedule, stage="sage", progress=progress,
-               **recipe(model, config))
+               epochs=config.epochs, lr=config.sage_lr, flag="sage_lr", lr_schedule=schedule, stage="sage",
+               progress=progress, **recipe(model, config))

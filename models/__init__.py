@@ -101,7 +101,9 @@ def select_model(dataset, model_name, pretrained=False, pretrained_models_path=N
 
 
 def feature_layers(model, layers=()):
-    """The layers whose attention counts: ``layers`` if any are given, else the model's own stages."""
+    """The layers whose attention counts: ``layers`` if any are given, else the model's own stages. ``UserError``."""
+    if len(set(layers)) < len(layers):
+        raise UserError(f"--layers {' '.join(layers)}: each layer once")
     if layers:
         return tuple(layers)
     own = tuple(getattr(model, "feature_layers", ()))

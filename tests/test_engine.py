@@ -131,7 +131,7 @@ def test_a_stage_goes_on_bit_for_bit_and_repeats_bit_for_bit():
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved():
     memory = Memory()
-    with pytest.raises(UserError, match=r"loss is not finite in epoch \d.*smaller learning rate"):
+    with pytest.raises(UserError, match=r"loss is not finite in epoch \d.*smaller --lr than "):
         fit(build("WRN-10-1", 10), cross_entropy, Batches(toy(), 16), epochs=3, lr=1e12, progress=memory, **RECIPE)
     assert all(torch.isfinite(v).all() for s in memory.saved for v in s["state_dict"].values())
 

@@ -148,15 +148,15 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, turn=0.0, nesterov=True, freeze_bn=False, progress=None, team=None):
+        compiled=False, turn=0.0, nesterov=True, freeze_bn=False, progress=None, team=None, flag="lr"):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``lr_schedule`` is a name that ``rate``
     knows, or a function of the losses of the epochs so far, a list, that gives the factor of the learning rate in the
-    next. ``freeze_bn`` keeps the statistics of BatchNorm as they are. ``team`` (``utils.parallel.Team``): the processes
-    that train together. An interrupted stage goes on from ``progress.load(stage)``; everything random depends on
-    ``seed``, the batches and the epoch, so that it ends with the same weights. Raises ``UserError`` if the loss stops
-    being finite; what ``progress`` saved last is from before that.
+    next; ``flag`` is the option that ``lr`` came from. ``freeze_bn`` keeps the statistics of BatchNorm as they are.
+    ``team`` (``utils.parallel.Team``): the processes that train together. An interrupted stage goes on from
+    ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
+    same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
     """
     progress = progress or Progress()
     device = next(model.parameters()).device
@@ -187,7 +187,7 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
             mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim, rate_at, amp, bar, team)
         if not math.isfinite(mean_loss) or not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; the last good checkpoint is kept. "
-                            f"Try a smaller learning rate than {lr}")
+                            f"Try a smaller --{flag} than {lr:g}")
         record = {"stage": stage, "epoch": epoch + 1, "epochs": epochs, "loss": round(mean_loss, 4),
                   "train_acc": round(acc, 2), "seconds": round(time.perf_counter() - start, 2)}
         history.append(record)

@@ -1,5 +1,6 @@
 """What the scripts share: start and errors, resuming, result lines."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -112,7 +113,7 @@ class Journal(TerminalProgress):
         what = json.dumps([decisive(identity(config)), self.inputs], sort_keys=True)
         key = hashlib.sha256(what.encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
-        self.history, self.run_id, self.reused = [], secrets.token_hex(8), 0.0
+        self.history, self.run_id, self.other = [], secrets.token_hex(8), 0.0
         self.resumed = False
         if not config.save:
             return
@@ -149,7 +150,14 @@ class Journal(TerminalProgress):
         self.history.append(record)
 
     def saved_time(self, seconds):
-        self.reused += seconds
+        self.other += seconds
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done in it is not the run's work: its time is taken from ``other``, the seconds to be added."""
+        start = time.perf_counter()
+        yield
+        self.other -= time.perf_counter() - start
 
     def finish(self, content, metrics, file, data, **more):
         """Write the checkpoint ``content`` to the target and the result line to ``log_root/file``; drop the state.
