@@ -19,7 +19,8 @@ import main
 import strip
 import train_badnet
 import visualize
-from config import DetectConfig, EraseConfig, TrainConfig
+from config import DetectConfig, EraseConfig, TrainConfig, parse
+from utils.channels import channel_norms
 from utils.data import TensorData
 from utils.run import Journal, run_script
 
@@ -482,6 +483,32 @@ def test_pictures_of_a_network_and_its_erased_version(copied, capsys):
                           (["curves", "--results", "results/train_badnet.jsonl.none"], "holds no run of main.py")):
         assert picture(*argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_each_network_of_a_picture_has_its_own_weights_and_title(copied):
+    assert erase("--epochs", "1") == 0
+    files = ["weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar", "weight/erasing_net/shapes10/WRN-10-1.tar"]
+    config = parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2", "--networks", *files])
+    shown = visualize.shown_networks(visualize.known_trigger(config), config)
+    assert [title for title, _ in shown] == ["backdoored", "fine-tuned", "NAD"]
+    for (_, model), path in zip(shown, [STUDENT, *files], strict=True):
+        stored = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
+    assert len({model.fc.weight.sum().item() for _, model in shown}) == 3
+
+
+def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(visualize, "save", lambda figure, config, name: drawn.append(figure))
+    assert picture("channels") == 0
+    lines_of = {line.get_label(): torch.tensor(line.get_ydata()) for axis in drawn[0].axes for line in axis.get_lines()}
+    subject = visualize.known_trigger(parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2"]))
+    images = {"clean": subject.test.images[subject.poisoned_test.poisoned], "triggered": subject.poisoned_test.images}
+    norms = {name: channel_norms(subject.model, "bn1", part)["linf"] for name, part in images.items()}
+    order = norms["clean"].argsort(descending=True)
+    assert all(torch.allclose(lines_of[name], norms[name][order], atol=1e-6) for name in images)
+    assert not torch.equal(lines_of["clean"], lines_of["triggered"])
 
 
 def test_detect_doubts_an_outlier_whose_mask_is_not_small():
