@@ -223,7 +223,7 @@ class EraseConfig(SubjectConfig):
     at_loss: str = option("demo", "attention", "distance of two maps: demo = mean of squares over batch and pixels; "
                                              "paper = l2 norm, mean over the batch (see at.py for the betas)",
                           choices=("demo", "paper"))
-    held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on", low=0.0,
+    held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on [ours]", low=0.0,
                              high=1.0)
     prune_layer: str = option("", "pruning", "convolution or BatchNorm whose channels are pruned (default: the "
                                              "last, or the columns of the classifier that read the last block)")
@@ -231,7 +231,8 @@ class EraseConfig(SubjectConfig):
                                                "comparison]", low=0.0, high=100.0, unit="points")
     linf_norm: str = option("linf", "pruning", "norm by which linf_pruning compares channels [paper: linf]",
                             choices=("linf", "l1", "l2"))
-    linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning", low=0.0, high=100.0, unit="points")
+    linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning [ours]", low=0.0, high=100.0,
+                              unit="points")
     clp_u: float = option(3.0, "clp", "clp prunes channels this many standard deviations above the mean [paper]",
                           low=0.0)
     sage_beta: float = option(300.0, "sage", "weight of each path's loss, in the form that --at_loss says; as mean of "
@@ -239,12 +240,12 @@ class EraseConfig(SubjectConfig):
     sage_betas: list = option([], "sage", "such a weight for each path of its own (default: --sage_beta for all)")
     sage_paths: list = option([], "sage", "paths such as 1-2 2-3 between stages, the shallow one teaches (default: "
                                           "each stage and the next [paper])")
-    sage_lr: float = option(0.01, "sage", "learning rate at first", low=0.0)
+    sage_lr: float = option(0.01, "sage", "learning rate at first [ours]", low=0.0)
     sage_rate: str = option("dynamic", "sage", "dynamic = halved by the rules C1 and C2 [paper]; fixed; step = divided "
                                                "by 10 every 2 epochs", choices=("dynamic", "fixed", "step"))
-    sage_interval: int = option(2, "sage", "P, the epochs between two looks at the rate", low=1, unit="epochs")
-    sage_rho: float = option(0.75, "sage", "rho, the share of an interval's epochs in which the loss has to fall",
-                             low=0.0, high=1.0)
+    sage_interval: int = option(2, "sage", "P, the epochs between two looks at the rate [ours]", low=1, unit="epochs")
+    sage_rho: float = option(0.75, "sage", "rho, the share of an interval's epochs in which the loss has to fall "
+                             "[ours]", low=0.0, high=1.0)
     nc_mitigation: str = option("unlearn", "neural cleanse", "unlearn = fine-tune with the triggers under true labels; "
                                                              "prune the channels that they raise",
                                 choices=("unlearn", "prune"))
@@ -252,7 +253,7 @@ class EraseConfig(SubjectConfig):
                              low=0.0, high=1.0)
     mcr_t: float = option(0.3, "mcr", "place on the curve; 0 is the network itself, 1 its fine-tuned version", low=0.0,
                           high=1.0)
-    mcr_epochs: int = option(10, "mcr", "epochs in which the curve is trained, at --ft_lr", low=1, unit="epochs")
+    mcr_epochs: int = option(10, "mcr", "epochs in which the curve is trained, at --ft_lr [ours]", low=1, unit="epochs")
     anp_steps: int = option(2000, "anp", "steps in which the masks are trained [paper]", low=1)
     anp_batch_size: int = option(128, "anp", "batch size [paper]", low=2, unit="images")
     anp_lr: float = option(0.2, "anp", "learning rate of the masks [paper]", low=0.0)
@@ -260,7 +261,7 @@ class EraseConfig(SubjectConfig):
     anp_alpha: float = option(0.2, "anp", "weight of the undisturbed loss [paper]", low=0.0, high=1.0)
     anp_threshold: float = option(0.2, "anp", "channels with a smaller mask are pruned [paper]", low=0.0, high=1.0)
     ibau_rounds: int = option(5, "ibau", "rounds [paper]", low=1)
-    ibau_lr: float = option(1e-3, "ibau", "Adam's learning rate", low=0.0)
+    ibau_lr: float = option(1e-3, "ibau", "Adam's learning rate [ours]", low=0.0)
     ibau_batch_size: int = option(100, "ibau", "batch size", low=2, unit="images")
     ibau_share: float = option(0.01, "ibau", "share of a batch that the perturbation lies on in the outer loss "
                                "[paper's code]", low=0.0, high=1.0)
