@@ -33,7 +33,7 @@ from leaderboard import options_today, score
 from models import select_model
 from utils.checkpoint import file_hash, load_checkpoint, load_weights, save_checkpoint
 from utils.data import Batches, TensorData, make_augment
-from utils.devices import choose_device, use_bf16
+from utils.devices import choose_device, hardware, use_bf16
 from utils.engine import TerminalProgress, cross_entropy, fit, percent, predict
 from utils.files import append_line, read_lines
 from utils.run import say
@@ -219,7 +219,8 @@ def main(argv=None):
             continue
         start = time.perf_counter()
         record = {"recipe": recipe, "config": as_dict(config), "surrogate": args.surrogate, "hash": bench.hash,
-                  "before": bench.before, "metrics": bench.run(config)}
+                  "before": bench.before, "metrics": bench.run(config),
+                  "machine": hardware(choose_device("cpu"), config.amp)}
         record["seconds"] = round(time.perf_counter() - start, 1)
         append_line(RESULTS, record)
         say(f"{score(record):6.2f}  {record['metrics']}  {recipe}  {record['seconds']} s")
