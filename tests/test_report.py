@@ -55,7 +55,8 @@ def test_readme_shows_what_is_published(file):
 def test_the_search_names_the_default_and_the_best_within_the_bound():
     def line(asr, acc, defense="finetune", **recipe):
         return {"surrogate": "strong", "hash": "a", "recipe": recipe, "before": {"acc": 80.0},
-                "metrics": {"acc": acc, "asr": [asr]}, "config": as_dict(EraseConfig(seed=1000, defense=defense, beside=False, **recipe))}
+                "metrics": {"acc": acc, "asr": [asr]},
+                "config": as_dict(EraseConfig(seed=1000, defense=defense, beside=False, **recipe))}
 
     lines = [line(1.0, 70.0, ft_lr=0.4), line(30.0, 79.5), line(20.0, 79.0, ft_lr=0.05), line(2.0, 78.0, ft_lr=0.1),
              line(9.0, 78.4, ft_lr=0.2), line(60.0, 79.9, ft_lr=0.001)]
