@@ -488,6 +488,12 @@ def as_dict(config):
     return {"script": type(config).__name__, **asdict(config)}
 
 
+def unused(config, without_unused):
+    """The names of the options of ``config`` that ``without_unused`` (of attacks or defenses) sets to their default."""
+    given = as_dict(config)
+    return [name for name, value in without_unused(given).items() if given[name] != value]
+
+
 def data_root(config):
     """The folder of the data: ``--data_root`` or ``data/<dataset>``."""
     return Path(config.data_root or Path("data") / config.dataset)

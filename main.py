@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import defenses
-from config import EraseConfig, as_dict, file_name, weight_root
+from config import EraseConfig, file_name, unused, weight_root
 from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, use_bf16
@@ -23,15 +23,16 @@ from utils.run import Journal, check_writable, finished, identity, run_script, s
 
 def notes(config, n):
     """What the user of ``config`` with ``n`` clean images should know before anything is trained: lines of text."""
-    given = as_dict(config)
-    used = defenses.without_unused(given)
-    found = [f"--{name} is not used by --defense {config.defense}" for name in given if given[name] != used[name]]
+    found = [f"--{name} is not used by --defense {config.defense}"
+             for name in unused(config, defenses.without_unused)]
     if config.defense == "nad" and config.beside and config.lr != config.ft_lr:
         found.append(f"the fine-tuning beside it has another learning rate, --ft_lr {config.ft_lr:g}")
-    name = f"{config.defense}_batch_size" if f"{config.defense}_batch_size" in given else "batch_size"
-    if n < given[name]:
-        found.append(f"{n} clean images are fewer than --{name} {given[name]}: an epoch of training is one step on all "
-                     f"of them")
+    own = f"{config.defense}_batch_size"
+    name = own if hasattr(config, own) else "batch_size"
+    size = getattr(config, name)
+    if n < size:
+        found.append(f"{n} clean images are fewer than --{name} {size}: an epoch of training is one step on all of "
+                     f"them")
     return found
 
 

@@ -217,13 +217,12 @@ def render_search(records, best=3):
         own = leaderboard.options_today({"script": "EraseConfig", **r["config"], "beside": False})
         return all(own[k] == v for k, v in now.items() if k not in NOT_IN_KEY)
 
-    networks = {}  # hashes of each surrogate network: trained on another machine it is another one
+    first = {}  # the hash of each surrogate network: trained on another machine it is another one
     for r in records:
-        networks.setdefault(r["surrogate"], {}).setdefault(r["hash"])
+        first.setdefault(r["surrogate"], r["hash"])
 
     def network(r):
-        k = list(networks[r["surrogate"]]).index(r["hash"])
-        return f"{r['surrogate']}, trained again" if k else r["surrogate"]
+        return r["surrogate"] if r["hash"] == first[r["surrogate"]] else f"{r['surrogate']}, trained again"
 
     for surrogate, defense in sorted({(network(r), r["config"]["defense"]) for r in records}):
         found = sorted((r for r in records if (network(r), r["config"]["defense"]) == (surrogate, defense)), key=score)

@@ -34,8 +34,7 @@ def threshold(clean, frr):
     """The entropy in bits below which an input is rejected: the percentile ``frr``, a share, of the normal distribution
     with the mean and standard deviation of the ``clean`` entropies (N,), N > 1."""
     clean = clean.double()
-    spread = clean.std().item()
-    return NormalDist(clean.mean().item(), spread).inv_cdf(frr) if spread else clean[0].item()
+    return clean.mean().item() + clean.std().item() * NormalDist().inv_cdf(frr)
 
 
 def auroc(clean, triggered):

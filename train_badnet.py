@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import TrainConfig, UserError, as_dict, student_file
+from config import TrainConfig, UserError, student_file, unused
 from data_loader import DatasetBD, backdoor_tests, load_data
 from models import select_model
 from utils.data import Batches, make_augment
@@ -48,10 +48,8 @@ def train_in(team, config):
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
-    for name, value in attacks.without_unused(as_dict(config)).items():
-        if getattr(config, name) != value:
-            say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type "
-                f"{config.target_type}")
+    for name in unused(config, attacks.without_unused):
+        say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}")
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
     with team.in_turn():
         train, test = load_data(config, True).to(device), load_data(config, False).to(device)
