@@ -3,7 +3,7 @@
     python benchmark.py --preset smoke              # generated data, two minutes on two cores
     python benchmark.py --preset defenses           # eight attacks, all defenses, three seeds, the shipped networks
     python benchmark.py --attacks BadNets 'Blend:blend_alpha=0.1' --defenses finetune 'nad:beta1=0,beta2=0' --seeds 1 2
-    python benchmark.py --table                     # the leaderboard, printed and put into README.md
+    python benchmark.py --table                     # the leaderboard, printed and put into the READMEs
     python benchmark.py --figures                   # the same as pictures, in <out>/figures
 
 An attack is a name of attacks.PRESETS, a defense the name of its file; either may be followed by a colon and options
@@ -425,7 +425,8 @@ def main(opt):
 
 
 def publish(out):
-    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into README.md.
+    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into the README beside
+    them, its short form into the main README.
 
     Lines about a network whose file holds another one by now are left out.
     """
@@ -436,12 +437,12 @@ def publish(out):
         say(f"note: {len(published) - len(kept)} published lines go: they are incomplete, of another version or of a "
             f"replaced network")
     records = {key_of(r): r for r in [*kept, *new]}
-    text = leaderboard.render(records.values())
-    say(text)
+    say(leaderboard.render(records.values()))
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(r) + "\n" for r in records.values())
     write_atomically(PUBLISHED, lambda f: f.write(lines.encode()))
-    leaderboard.write_into(ROOT / "README.md", {"benchmark": text})
+    for folder, render in ((PUBLISHED.parent, leaderboard.render), (ROOT, leaderboard.render_short)):
+        leaderboard.write_into(folder / "README.md", {"benchmark": render(records.values())})
 
 
 def replaced(record):

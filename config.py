@@ -322,7 +322,7 @@ class BenchmarkConfig:
     cpus_per_cell: float = option(1.0, "run", "CPUs that a cell takes on Ray, and its threads", low=0.0)
     gpus_per_cell: float = option(0.0, "run", "GPUs a cell takes on Ray; 0.25: four share one; 0: the CPU", low=0.0)
     keep: bool = option(False, "run", "keep the erased networks and the logs, in <out>/cells")
-    table: bool = option(False, "run", "run nothing: print the leaderboard and put it into README.md")
+    table: bool = option(False, "run", "run nothing: print the leaderboard and put it into the READMEs")
     figures: bool = option(False, "run", "run nothing: draw the leaderboard")
     out: str = option("results", "run", "folder of the result lines and of unfinished cells")
 

@@ -102,6 +102,12 @@ def render(records):
     return "\n\n".join(block(*pair) for pair in by_setting(records).items()) or "nothing was measured yet"
 
 
+def render_short(records):
+    """What was measured on all six attacks of the paper, in short."""
+    blocks = [short_block(*pair) for pair in by_setting(records).items() if {*SIX} <= {*columns_of(pair[1]).values()}]
+    return "\n\n".join(blocks) or "nothing was measured on all six attacks yet"
+
+
 def draw(plt, name, records):
     """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack."""
     rows, columns, before, _, long = arranged(records)
@@ -168,41 +174,79 @@ def arranged(records):
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
     rows, columns, before, shared, long = arranged(records)
-    machine = statistics.mode(r["machine"] for r in records)
-    count = seeds_of(found for row in rows.values() for found in row.values())
     known = any(column in found for found in REPORTED.values() for column in columns)
     reported = REPORTED if known and records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
-    out = [f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**", "",
-           *summary(rows, columns, before, machine), ""]
+    out = [heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records)), ""]
     metrics = (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA"))
     for start, (k, title) in itertools.product(range(0, len(columns), WIDE), metrics):
-        part = columns[start:start + WIDE]
-
-        def beside(defense, column, k=k):
-            acc, asr = reported.get(defense, {}).get(column, (None, None))
-            value = {"clean_acc": acc, "asr": asr, "ra": None}[k]
-            return "" if value is None else f" ({value:g})"
-
-        out += [f"| {title} | {' | '.join(part)} |", "|---" * (len(part) + 1) + "|",
-                f"| backdoored | {' | '.join(spread([before[a][k]], 1) + beside('', a) for a in part)} |"]
-        for row, found in rows.items():
-            if found.keys().isdisjoint(part):
-                continue
-            cells = []
-            for a in part:
-                runs = list(found.get(a, {}).values())
-                plain = runs and set(changes(runs[0]["config"])) <= set(shared)
-                cells.append((spread([outcome(r)[k] for r in runs], 1) if runs else "")
-                             + (beside(runs[0]["config"]["defense"], a) if plain else ""))
-            out.append(f"| {row} | {' | '.join(cells)} |")
-        out.append("")
-    for row, options in long.items():
-        out += [f"{row}: {options}", ""]
+        out += [*by_attack(rows, columns[start:start + WIDE], before, k, title, shared, reported), ""]
+    out += options_of(rows, long)
     if reported:
         out += ["In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
                 "another network and other implementations; for SAGE its paper (ResNet-18, 1% clean).", ""]
-    others = f" Seconds: on {machine} only." if len({r["machine"] for r in records}) > 1 else ""
-    return "\n".join([*out, f"Measured on: {machines(records)}.{others}"])
+    return "\n".join([*out, measured_on(records)])
+
+
+def short_block(name, records):
+    """Means over the attacks and the ASR of each, the lowest mean ASR over the six first; for rows with all six and
+    three seeds, or one if it is a defense as it stands."""
+    rows, columns, before, shared, long = arranged(records)
+
+    def mean_asr(found):
+        return statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX)
+
+    plain = {defenses.title(name) for name in defenses.NAMES}
+    whole = {row: found for row, found in rows.items() if {*SIX} <= found.keys()
+             and (row in plain or all(len(found[a]) >= 3 for a in SIX))}
+    rows = dict(sorted(whole.items(), key=lambda pair: mean_asr(pair[1])))
+    return "\n".join([heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records)), "",
+                      *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", *options_of(rows, long),
+                      measured_on(records)])
+
+
+def heading(name, rows, shared):
+    """The first line of the tables of one setting."""
+    count = seeds_of(found for row in rows.values() for found in row.values())
+    return f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**"
+
+
+def by_attack(rows, columns, before, key, title, shared, reported):
+    """The table of one metric, a column an attack; what others ``reported`` in brackets beside rows without options
+    of their own."""
+    def beside(defense, column):
+        acc, asr = reported.get(defense, {}).get(column, (None, None))
+        value = {"clean_acc": acc, "asr": asr, "ra": None}[key]
+        return "" if value is None else f" ({value:g})"
+
+    out = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|",
+           f"| backdoored | {' | '.join(spread([before[a][key]], 1) + beside('', a) for a in columns)} |"]
+    for row, found in rows.items():
+        if found.keys().isdisjoint(columns):
+            continue
+        cells = []
+        for a in columns:
+            runs = list(found.get(a, {}).values())
+            plain = runs and set(changes(runs[0]["config"])) <= set(shared)
+            cells.append((spread([outcome(r)[key] for r in runs], 1) if runs else "")
+                         + (beside(runs[0]["config"]["defense"], a) if plain else ""))
+        out.append(f"| {row} | {' | '.join(cells)} |")
+    return out
+
+
+def options_of(rows, long):
+    """What the letters of ``rows`` stand for, a paragraph each."""
+    return [text for row, options in long.items() if row in rows for text in (f"{row}: {options}", "")]
+
+
+def usual_machine(records):
+    """That of most of ``records``."""
+    return statistics.mode(r["machine"] for r in records)
+
+
+def measured_on(records):
+    """The last line of the tables of one setting."""
+    several = len({r["machine"] for r in records}) > 1
+    return f"Measured on: {machines(records)}." + (f" Seconds: on {usual_machine(records)} only." if several else "")
 
 
 def seeds_of(cells):

@@ -1,7 +1,7 @@
-"""The tables of README.md and results/published/README.md from the result lines in results/published.
+"""The tables of the README files from the result lines in results/published.
 
     python report.py                # print them
-    python report.py --write        # put them into those files, between the markers
+    python report.py --write        # put them into the files, between the markers
     python report.py results        # the same tables of your own runs
 
 Runs are put together if their configurations agree in all but the seed; of runs with the same configuration and seed
@@ -241,10 +241,11 @@ def render_search(records, best=3):
 
 FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     ROOT / "README.md": {
-        "headline": (render_headline, "main.jsonl"), "trained": (render_trained, "train_badnet.jsonl"),
-        "attacks": (render_attacks, "attacks.jsonl", "benchmark.jsonl"),
-        "benchmark": (leaderboard.render, "benchmark.jsonl")},
+        "headline": (render_headline, "main.jsonl"), "benchmark": (leaderboard.render_short, "benchmark.jsonl")},
+    ROOT / "attacks" / "README.md": {"attacks": (render_attacks, "attacks.jsonl", "benchmark.jsonl")},
+    ROOT / "weight" / "README.md": {"trained": (render_trained, "train_badnet.jsonl")},
     PUBLISHED / "README.md": {
+        "benchmark": (leaderboard.render, "benchmark.jsonl"),
         "results": (render_runs, "main.jsonl"),
         "attack runs": (render_attack_runs, "attacks.jsonl", "benchmark.jsonl"),
         "search": (render_search, "search.jsonl")}}

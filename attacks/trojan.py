@@ -6,7 +6,7 @@ weight to the layer before [paper]. The patch is then written into the image lik
 Adam on 32 of 1,000 images [ours]; made once and cached by network, images, size, place and ``--trigger_seed``.
 
 The paper's patches cover 4 to 10% of the image. Below 2%, 4 x 4 of 32 x 32 pixels, a patch hardly reaches the neurons
-behind the global pooling: see the README.
+behind the global pooling: see README.md here.
 """
 
 import torch

@@ -282,6 +282,15 @@ def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **cha
             "defense_seconds": {title: 30.4}, "machine": "cpu", "versions": {"torch": "2"}}
 
 
+SECTION = "a\n<!-- benchmark -->\n{}\n<!-- end of benchmark -->\nb\n"
+
+
+def readmes():
+    Path("published").mkdir()
+    for folder in (".", "published"):
+        Path(folder, "README.md").write_text(SECTION.format("old"))
+
+
 def test_leaderboard_by_hand(workplace, monkeypatch):
     runs = [line(1, 2.0, ratio=0.1), line(2, 3.0, ratio=0.1), line(2, 4.0, ratio=0.1), line(1, 9.0, ratio=0.1, p=4.0),
             line(1, 5.0, "clp", "Blend", 81.0, ratio=0.1), line(1, 6.0, attack="Blend", ratio=0.1),
@@ -303,13 +312,27 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
     monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
     for r in [*runs, {"no": "cell"}, {**line(1, 1.0), "version": 0}]:
         append_line("results/benchmark.jsonl", r)
-    Path("README.md").write_text("a\n<!-- benchmark -->\nold\n<!-- end of benchmark -->\nb\n")
+    readmes()
     for _ in range(2):
         assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
-        assert Path("README.md").read_text() == f"a\n<!-- benchmark -->\n{text}\n<!-- end of benchmark -->\nb\n"
+        assert Path("published/README.md").read_text() == SECTION.format(text)
+        assert Path("README.md").read_text() == SECTION.format("nothing was measured on all six attacks yet")
         assert len(read_lines(benchmark.PUBLISHED)) == len(runs) - 1, "of two with the same seed the newest"
     with pytest.raises(UserError, match="no <!-- x --> markers"):
         leaderboard.rewritten("", {"x": ""})
+
+
+def test_short_leaderboard_by_hand():
+    six = [line(s, asr + s, d, attack) for d, asr in (("clp", 8.0), ("nad", 2.0)) for attack in leaderboard.SIX
+           for s in (1, 2)]
+    some = [line(1, 1.0, "sage"), *(line(s, 1.0, attack=attack, p=4.0) for attack in leaderboard.SIX for s in (1, 2))]
+    attacks = "BadNets | Trojan | Blend | CL | SIG | Refool |\n|---|---|---|---|---|---|---|\n"
+    assert leaderboard.render_short([*some, *six, line(1, 0.0, dataset="shapes10")]) == (
+        "**WRN-16-1, CIFAR-10 (image files (jpg)); seeds in a cell: 2.**\n\n"
+        "| | ACC lost, 6 attacks | ASR, 6 attacks | seeds | seconds |\n|---|---|---|---|---|\n"
+        "| NAD | 2.00 | 3.50 ± 0.71 | 2 | 30 |\n| CLP | 2.00 | 9.50 ± 0.71 | 2 | 30 |\n\n| ASR | " + attacks
+        + "| backdoored |" + 6 * " 99.9 |" + "\n| NAD |" + 6 * " 3.5 ± 0.7 |" + "\n| CLP |" + 6 * " 9.5 ± 0.7 |"
+        + "\n\nMeasured on: cpu, torch 2.")
 
 
 def test_means_need_the_same_seeds_for_each_attack():
@@ -330,7 +353,7 @@ def test_seconds_are_those_of_one_machine():
 def test_lines_of_a_network_that_was_replaced_are_not_shown(workplace, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ROOT", workplace)
     monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
-    Path("README.md").write_text("<!-- benchmark -->\n<!-- end of benchmark -->\n")
+    readmes()
     old = line(1, 2.0, network="0" * 64)
     append_line(benchmark.PUBLISHED, old)
     append_line("results/benchmark.jsonl", line(1, 3.0, network="1" * 64, p=4.0))

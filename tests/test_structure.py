@@ -75,7 +75,7 @@ def test_every_option_is_read_somewhere(cls):
 
 
 def readme_commands():
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("*/README.md")])
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             yield from (part.strip() for part in line.split("#")[0].split("&&") if part.strip())
