@@ -22,13 +22,12 @@ import attacks
 import shapes10
 from config import UserError, data_root
 from utils.data import TensorData, as_tensor_data
-from utils.files import write_atomically
+from utils.files import IMAGE_ENDINGS, is_image, write_atomically
 from utils.seeds import generator
 
 IMAGES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "MNIST": (60_000, 10_000),
           "GTSRB": (26_640, 12_630), "Imagenette": (9_469, 3_925)}  # training and test images of each set
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
 
 
 # ------------------------------------------------------------------------------------------- the two sets of the method
@@ -281,12 +280,10 @@ def load_folder(root, split, size, dataset):
         folder = root / split / name
         found = []
         if folder.is_dir():
-            found = sorted((e for e in os.scandir(folder)
-                            if e.name.lower().endswith(IMAGE_FILES) and not e.name.startswith(".")),
-                           key=lambda e: e.name)
+            found = sorted((e for e in os.scandir(folder) if is_image(e.name)), key=lambda e: e.name)
         if not found:
             raise UserError(f"--data_root {root}: {folder} has no images, but class {name!r} of the training set "
-                            f"needs some ({', '.join(IMAGE_FILES)})")
+                            f"needs some ({', '.join(IMAGE_ENDINGS)})")
         for e in found:
             try:
                 info = e.stat()

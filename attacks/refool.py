@@ -24,9 +24,9 @@ from PIL import Image
 from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 from utils.checkpoint import tensor_hash
+from utils.files import IMAGE_ENDINGS, is_image
 
 GAMMA = 2.2
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
 
 
 def read_photos(folder, shape, count, gen):
@@ -34,10 +34,9 @@ def read_photos(folder, shape, count, gen):
     channels, h, w = shape
     if not Path(folder).is_dir():
         raise UserError(f"--reflection_root {folder}: no such folder")
-    files = sorted(p for p in Path(folder).rglob("*")
-                   if p.suffix.lower() in IMAGE_FILES and not p.name.startswith(".") and p.is_file())
+    files = sorted(p for p in Path(folder).rglob("*") if is_image(p.name) and p.is_file())
     if not files:
-        raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_FILES)})")
+        raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_ENDINGS)})")
     photos = []
     for k in torch.randperm(len(files), generator=gen)[:count].tolist():
         try:

@@ -15,7 +15,7 @@ from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe, tune
 from defenses.ftsam import SAMLoss
-from models import Features, feature_layers, needs_pixels, select_model
+from models import Features, check_order, feature_layers, needs_pixels, select_model
 from utils.data import to_float
 from utils.engine import clone, cross_entropy, fit
 
@@ -93,8 +93,9 @@ def make_loss(model, teacher, config):
 def check(model, clean_data, config):
     """Raise ``UserError`` for layers or a teacher that will not do, before anything is trained."""
     teacher = make_teacher(model, clean_data, config) if config.t_model else model
-    student = clone(model).eval()
-    make_loss(student, teacher, config)(student, to_float(clean_data.images[:2]), clean_data.labels[:2])
+    student, images = clone(model).eval(), to_float(clean_data.images[:2])
+    make_loss(student, teacher, config)(student, images, clean_data.labels[:2])
+    check_order(student, feature_layers(model, config.layers), images)
 
 
 def erase(model, clean_data, config, progress=None, teacher=None):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from at import at_loss
 from config import UserError
 from defenses.finetune import clean_batches, recipe
-from models import Features, feature_layers, needs_pixels
+from models import Features, check_order, feature_layers, needs_pixels
 from utils.data import to_float
 from utils.engine import clone, fit
 
@@ -107,7 +107,9 @@ def weights(pairs, config):
 
 def check(model, clean_data, config):
     """Raise ``UserError`` for layers or paths that will not do, before anything is trained."""
-    make_loss(model, config)(clone(model).eval(), to_float(clean_data.images[:2]), clean_data.labels[:2])
+    model, images = clone(model).eval(), to_float(clean_data.images[:2])
+    make_loss(model, config)(model, images, clean_data.labels[:2])
+    check_order(model, stages(model, config), images)
 
 
 def erase(model, clean_data, config, progress=None):

@@ -6,7 +6,7 @@ import torch
 
 from config import UserError
 from models.alexnet import AlexNet
-from models.features import Features, find_stages, needs_pixels
+from models.features import Features, check_order, find_stages, needs_pixels
 from models.resnet import ResNet
 from models.wrn import WideResNet
 
@@ -112,4 +112,4 @@ def feature_layers(model, layers=()):
     return own
 
 
-__all__ = ["NAMES", "Features", "build", "feature_layers", "find_stages", "needs_pixels", "select_model"]
+__all__ = ["NAMES", "Features", "build", "check_order", "feature_layers", "find_stages", "needs_pixels", "select_model"]

@@ -63,6 +63,16 @@ class Features:
         return f.permute(0, 3, 1, 2) if self.channels_last else f
 
 
+def check_order(model, layers, images):
+    """Raise ``UserError`` unless ``images`` (N, C, H, W) in [0, 1] run through ``layers`` of ``model`` in their order:
+    betas and paths count them from the shallow end."""
+    with torch.no_grad(), Features(model, layers) as taken:
+        model(images)
+        ran = list(taken.taken)
+    if ran != list(layers):
+        raise UserError(f"--layers {' '.join(layers)}: shallow to deep is needed: {' '.join(ran)}")
+
+
 def needs_pixels(layer, f):
     """Raise ``UserError`` if the feature map ``f`` (N, C, H, W) of ``layer`` has one pixel."""
     if f.shape[2] * f.shape[3] == 1:

@@ -430,6 +430,13 @@ def test_paths():
         sage.check(model, toy(), short(layers=["block1", "nowhere"]))
 
 
+def test_layers_are_named_shallow_to_deep():
+    for defense in (nad, sage):
+        defense.check(network(), toy(), short(layers=["conv1", "block2", "block3"]))
+        with pytest.raises(UserError, match="--layers block2 block1: shallow to deep is needed: block1 block2"):
+            defense.check(network(), toy(), short(layers=["block2", "block1"]))
+
+
 # ---------------------------------------------------------------------------------------------------- MCR, ANP, FT-SAM
 
 

@@ -13,6 +13,7 @@ try:
 except ImportError:  # Windows: processes that write to the same file have to be kept apart by hand
     fcntl = None
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")  # that are read
 NOTED = set()  # lines that were complained about
 
 
@@ -38,6 +39,11 @@ def write_atomically(path, write):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def is_image(name):
+    """Whether a file called ``name`` is taken for an image: by its ending, unless it is hidden."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def umask():
