@@ -155,20 +155,23 @@ def columns_of(records):
 
 def arranged(records):
     """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share, {row: its
-    options} of rows with too many options for their name)."""
-    rows, columns, before, names = {}, columns_of(records), {}, {}
+    options} of rows with too many options for their name; they have letters, those with most runs the first)."""
+    rows, columns, before = {}, columns_of(records), {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
-        column = columns[r["inputs"]["s_model"]]
-        title, own = defenses.title(r["config"]["defense"]), [c for c in changes(r["config"]) if c not in shared]
-        row = ", ".join([title, *own])
-        if len(own) > 2:
-            options = f"`{' '.join('--' + c.strip('`') for c in own)}`"
-            row = names.setdefault((title, options), f"{title} [{'abcdefghijklmnopqrstuvwxyz'[len(names) % 26]}]")
-        rows.setdefault(row, {}).setdefault(column, {})[r["config"]["seed"]] = r
+        column, config = columns[r["inputs"]["s_model"]], options_today(r["config"])
+        own = tuple(c for c in changes(config) if c not in shared and not c.startswith("`first "))
+        title = defenses.title(config["defense"])
+        if config["first"] and f"`first {config['first']}`" not in shared:
+            title = f"{defenses.title(config['first'])}, then {title}"
+        rows.setdefault((title, own), {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
-    long = {name: options for (_, options), name in names.items()}
-    return rows, list(columns.values()), before, shared, long
+    long = [row for row in rows if len(row[1]) > 2]
+    long.sort(key=lambda row: -sum(map(len, rows[row].values())))
+    letters = {row: f"{row[0]} [{'abcdefghijklmnopqrstuvwxyz'[k % 26]}]" for k, row in enumerate(long)}
+    named = {letters.get(row) or ", ".join([row[0], *row[1]]): found for row, found in rows.items()}
+    options = {letters[row]: f"`{' '.join('--' + c.strip('`') for c in row[1])}`" for row in long}
+    return named, list(columns.values()), before, shared, options
 
 
 def block(name, records):
@@ -188,20 +191,21 @@ def block(name, records):
 
 
 def short_block(name, records):
-    """Means over the attacks and the ASR of each, the lowest mean ASR over the six first; for rows with all six and
-    three seeds, or one if it is a defense as it stands."""
+    """Means over the paper's six attacks and the ASR of each attack, for rows with all six and three seeds or one if
+    it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR."""
     rows, columns, before, shared, long = arranged(records)
 
-    def mean_asr(found):
-        return statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX)
+    def place(found):
+        few = min(len(found[a]) for a in SIX) < 3
+        return few, statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX)
 
     plain = {defenses.title(name) for name in defenses.NAMES}
-    whole = {row: found for row, found in rows.items() if {*SIX} <= found.keys()
-             and (row in plain or all(len(found[a]) >= 3 for a in SIX))}
-    rows = dict(sorted(whole.items(), key=lambda pair: mean_asr(pair[1])))
-    return "\n".join([heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records)), "",
-                      *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", *options_of(rows, long),
-                      measured_on(records)])
+    rows = {row: found for row, found in rows.items() if {*SIX} <= found.keys()}
+    rows = {row: found for row, found in sorted(rows.items(), key=lambda pair: place(pair[1]))
+            if row in plain or not place(found)[0]}
+    return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
+                      *summary(rows, list(SIX), before, usual_machine(records)), "",
+                      *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", measured_on(records)])
 
 
 def heading(name, rows, shared):
@@ -263,9 +267,9 @@ def outcome(record):
 def summary(rows, columns, before, machine):
     """Means over the attacks, those of the paper if all six are there and all of them, for rows that have the same
     seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``."""
-    sets = [(f"{len(columns)} attacks", columns)]
-    if set(SIX) < set(columns):
-        sets.insert(0, ("the paper's six", list(SIX)))
+    sets = [("the paper's six", list(SIX))] if {*SIX} <= {*columns} else []
+    if {*SIX} != {*columns}:
+        sets.append((f"{len(columns)} attacks", columns))
     head = " | ".join(f"ACC lost, {name} | ASR, {name}" for name, _ in sets)
     out = [f"| | {head} | seeds | seconds |", "|---" * (2 * len(sets) + 3) + "|"]
     for row, found in rows.items():
@@ -286,7 +290,8 @@ def summary(rows, columns, before, machine):
                    if not r.get("resumed") and r["machine"] == machine
                    for s in r["defense_seconds"].values()]
         typical = f"{statistics.median(seconds):.0f}" if seconds else ""
-        out.append(f"| {row} | {' | '.join([*cells, seeds_of(found.values()), typical])} |")
+        seeds = seeds_of(runs for column, runs in found.items() if column in columns)
+        out.append(f"| {row} | {' | '.join([*cells, seeds, typical])} |")
     return out
 
 

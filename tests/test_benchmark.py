@@ -222,7 +222,7 @@ def test_the_folder_of_a_network_depends_on_what_makes_it():
 
 
 @pytest.mark.parametrize(("preset", "count"), [("six", 36), ("nad-table1", 72), ("defenses", 288), ("sage", 189),
-                                               ("linf", 81), ("ablations", 207), ("smoke", 6)])
+                                               ("recipes", 198), ("linf", 81), ("ablations", 207), ("smoke", 6)])
 def test_presets_have_their_cells(preset, count, monkeypatch):
     monkeypatch.chdir(ROOT)
     cells = [c for grid in benchmark.PRESETS[preset] for c in benchmark.cells_of(grid, Path("out"))]
@@ -323,16 +323,24 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
 
 
 def test_short_leaderboard_by_hand():
-    six = [line(s, asr + s, d, attack) for d, asr in (("clp", 8.0), ("nad", 2.0)) for attack in leaderboard.SIX
-           for s in (1, 2)]
-    some = [line(1, 1.0, "sage"), *(line(s, 1.0, attack=attack, p=4.0) for attack in leaderboard.SIX for s in (1, 2))]
-    attacks = "BadNets | Trojan | Blend | CL | SIG | Refool |\n|---|---|---|---|---|---|---|\n"
-    assert leaderboard.render_short([*some, *six, line(1, 0.0, dataset="shapes10")]) == (
-        "**WRN-16-1, CIFAR-10 (image files (jpg)); seeds in a cell: 2.**\n\n"
-        "| | ACC lost, 6 attacks | ASR, 6 attacks | seeds | seconds |\n|---|---|---|---|---|\n"
-        "| NAD | 2.00 | 3.50 ± 0.71 | 2 | 30 |\n| CLP | 2.00 | 9.50 ± 0.71 | 2 | 30 |\n\n| ASR | " + attacks
-        + "| backdoored |" + 6 * " 99.9 |" + "\n| NAD |" + 6 * " 3.5 ± 0.7 |" + "\n| CLP |" + 6 * " 9.5 ± 0.7 |"
-        + "\n\nMeasured on: cpu, torch 2.")
+    def runs(asr, seeds, *attacks, **more):
+        return [line(s, asr + s, attack=attack, **more) for attack in attacks or leaderboard.SIX for s in seeds]
+
+    records = [*runs(2.0, (1,)), *runs(9.0, (1, 2, 3), defense="clp"), *runs(4.0, (1, 2, 3), p=4.0, first="clp"),
+               *runs(1.0, (1, 2), p=3.0), *runs(1.0, (1, 2, 3), "BadNets", lr=0.3), *runs(5.0, (1,), "WaNet"),
+               *runs(6.0, (1, 2, 3), p=4.0, lr=0.3, beta1=0.0), *runs(0.0, (1,), "Blend", dataset="shapes10")]
+    head = " | ".join(leaderboard.SIX) + " | WaNet |\n|---|---|---|---|---|---|---|---|\n"
+    assert leaderboard.render_short(records) == (
+        "**WRN-16-1, CIFAR-10 (image files (jpg)); seeds in a cell: 1 to 3.**\n\n"
+        "NAD [a]: `--lr 0.3 --beta1 0.0 --p 4.0`\n\n"
+        "| | ACC lost, the paper's six | ASR, the paper's six | seeds | seconds |\n|---|---|---|---|---|\n"
+        "| CLP, then NAD, `p 4.0` | 2.00 | 6.00 ± 1.00 | 3 | 30 |\n| NAD [a] | 2.00 | 8.00 ± 1.00 | 3 | 30 |\n"
+        "| CLP | 2.00 | 11.00 ± 1.00 | 3 | 30 |\n| NAD | 2.00 | 3.00 | 1 | 30 |\n\n| ASR | " + head
+        + "| backdoored |" + 7 * " 99.9 |" + "\n| CLP, then NAD, `p 4.0` |" + 6 * " 6.0 ± 1.0 |" + "  |"
+        "\n| NAD [a] |" + 6 * " 8.0 ± 1.0 |" + "  |\n| CLP |" + 6 * " 11.0 ± 1.0 |" + "  |\n| NAD |" + 6 * " 3.0 |"
+        + " 6.0 |\n\nMeasured on: cpu, torch 2.")
+    five = runs(2.0, (1, 2, 3), *leaderboard.SIX[1:])
+    assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
 
 
 def test_means_need_the_same_seeds_for_each_attack():
