@@ -196,6 +196,8 @@ def cells_of(grid, out):
                 trained.append(network)
             for defense, seed in itertools.product(grid["defenses"], grid["seeds"]):
                 chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
+                if options.get("trigger_type") == "none":
+                    raise UserError(f"--defenses {defense}: trigger_type none leaves no ASR to measure")
                 number = convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ")
                 erased.append(Cell(attack, defense, EraseConfig(**{
                     **own_erase, **options, "defense": chosen, "seed": number, "s_model": str(path),
@@ -209,18 +211,19 @@ def network_of(attack, options, out):
     network, if the options leave everything as it is. Raises ``UserError``."""
     name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
     config = TrainConfig(**{**attacks.PRESETS[name], **options, **changes})
-    different = {k for k, v in options.items() if v != vars(TrainConfig())[k]} - set(SAME)
-    if name in SHIPPED and not changes and not different:
-        config.checkpoint_root = f"weight/s_net/{SHIPPED[name]}".rstrip("/")
-        path = student_file(config, config.checkpoint_root)
-        if not path.exists():
-            raise UserError(f"--attacks {attack}: {path} is missing; --train_options epochs=30 trains another")
-        found = attacks.preset_name(stored_options(load_checkpoint(path)))
-        if found != name:
-            raise UserError(f"--attacks {attack}: {path} was trained with another attack ({found or 'a variant'}); "
-                            f"--train_options epochs=30 trains another")
-        return Cell(attack, "", config, shipped=True)
     usual = as_dict(TrainConfig())
+    ours = all(getattr(config, k) == usual[k] for k in ("dataset", "s_name"))  # those of the shipped ones
+    if name in SHIPPED and ours and not changes:
+        root = f"weight/s_net/{SHIPPED[name]}".rstrip("/")
+        path = student_file(config, root)
+        stored = stored_options(load_checkpoint(path)) if path.exists() else {}
+        if all(v == stored.get(k, usual[k]) for k, v in options.items() if k not in SAME):
+            found = attacks.preset_name(stored)
+            if not stored or found != name:
+                wrong = f"was trained with another attack ({found or 'a variant'})" if stored else "is missing"
+                raise UserError(f"--attacks {attack}: {path} {wrong}; git checkout weight brings the shipped one back")
+            config.checkpoint_root = root
+            return Cell(attack, "", config, shipped=True)
     own = {k: v for k, v in deciding(as_dict(config)).items() if v != usual[k]}  # a later option changes no name
     digest = hashlib.sha256(json.dumps([own, source_of(config)], sort_keys=True).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{config.dataset} {name}".lower())
@@ -246,13 +249,16 @@ def run_here(cell):
     return None
 
 
-def run_apart(cell, wait, threads, retries, run=run_script_apart):
-    """Run the cell in a process of its own; one that is killed is started again, and goes on. Its error or None."""
+def run_apart(cell, threads, retries, run, device="auto"):
+    """Run the cell in a process of its own; one that is killed is started again, and goes on. Its error or None.
+
+    ``device`` takes the place of auto."""
     path = cell.folder().resolve() / "config.json"
     write_atomically(path, lambda f: f.write(json.dumps(as_dict(cell.config)).encode()))
     command = [sys.executable, str(ROOT / ("main.py" if cell.defense else "train_badnet.py")), "--config", str(path),
                "--threads", str(cell.config.threads or max(1, int(threads)))]
-    code, last = run(command, path.parent, Path.cwd(), Path(cell.config.checkpoint_root).resolve(), retries, wait)
+    command += ["--device", device] if cell.config.device == "auto" else []
+    code, last = run(command, path.parent, Path.cwd(), Path(cell.config.checkpoint_root).resolve(), retries)
     if code is None:
         return BUSY
     if code == 130:
@@ -339,35 +345,45 @@ def attempt(cell, run, opt, out):
             return UserError(f"{cell.config.s_model}: its network could not be trained")
         if not unfinished([cell], out):
             return None  # by another process, meanwhile
-        error = run(cell) if collect(cell) is None else None
+        try:
+            error = run(cell) if collect(cell) is None else None
+        except Exception as e:
+            error = e
         if error is BUSY:
             return BUSY
         with locked(cell.folder() / "finish"):
-            return error or (finish(cell, opt, out) if unfinished([cell], out) else None)
+            if not unfinished([cell], out):
+                return None  # another process came to its end between two steps of this one, and cleaned up
+            return error or finish(cell, opt, out)
     except Exception as e:
         return e
 
 
 def run_all(cells, opt, out, bar):
     """Run ``cells``; writes a line for each. Returns those that failed. Those that other processes run come last."""
-    def here(cell, wait):
-        with locked(cell.folder() / "lock", wait) as lock:
+    def here(cell):
+        with locked(cell.folder() / "lock", wait=False) as lock:
             if lock is None:
                 return BUSY
             return run_here(cell) if collect(cell) is None and unfinished([cell], out) else None
 
+    stopping = threading.Event()
     workers, run, stop = opt.jobs, here, lambda: None
     if opt.engine == "ray":
         (on_ray, stop), workers = ray_runner(opt), 1000
-        run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray)
+        run = partial(run_apart, threads=opt.cpus_per_cell, retries=opt.retries, run=on_ray,
+                      device="auto" if opt.gpus_per_cell else "cpu")
     elif opt.jobs > 1:
-        run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries)
+        run = partial(run_apart, threads=torch.get_num_threads() // opt.jobs, retries=opt.retries,
+                      run=partial(run_script_apart, stopped=stopping.is_set))
     wrong, left = [], deque((cell, False) for cell in cells)
 
     def run_next():
         while True:
-            cell, wait = left.popleft()
-            error = attempt(cell, partial(run, wait=wait), opt, out)
+            cell, again = left.popleft()
+            if again and stopping.wait(1):
+                raise KeyboardInterrupt
+            error = attempt(cell, run, opt, out)
             if error is not BUSY:
                 return cell, error
             left.append((cell, True))  # all others first
@@ -388,6 +404,7 @@ def run_all(cells, opt, out, bar):
         for future in as_completed([pool.submit(run_next) for _ in cells]):
             done(*future.result())
     finally:
+        stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
         stop()
     return wrong

@@ -521,10 +521,9 @@ def student_file(config, given=""):
 
 def command(config):
     """The command line that repeats this run: the script and the flags that differ from the defaults."""
-    words = [sys.argv[0]]
+    words, said = [sys.argv[0]], getattr(config, "said", ())
     for f in fields(config):
         value = getattr(config, f.name)
-        default = default_of(f)
-        if value != default and f.name != "resume":
+        if (value != default_of(f) or f.name in said) and f.name != "resume":
             words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
     return shlex.join(["python", *words])

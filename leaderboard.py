@@ -6,6 +6,8 @@ Lines are put together if they differ in the seed only; of lines with the same c
 import itertools
 import re
 import statistics
+import string
+from collections import Counter
 
 import attacks
 import defenses
@@ -143,13 +145,14 @@ def draw(plt, name, records):
 
 
 def columns_of(records):
-    """{hash of a network: the name of its column}: its attack, numbered if there are several networks of one."""
+    """{hash of a network: the name of its column}: its attack; of several networks of one those after the one with
+    most lines have numbers."""
     names, found = {}, {}
     for r in records:
-        names.setdefault(r["cell"]["attack"], {})[r["inputs"]["s_model"]] = None
+        names.setdefault(r["cell"]["attack"], Counter())[r["inputs"]["s_model"]] += 1
     for attack, networks in names.items():
-        for k, network in enumerate(networks):
-            found[network] = f"{attack} ({k + 1})" if len(networks) > 1 else attack
+        for k, (network, _) in enumerate(networks.most_common()):
+            found[network] = f"{attack} ({k + 1})" if k else attack
     return dict(sorted(found.items(), key=lambda pair: MAIN.index(pair[1]) if pair[1] in MAIN else len(MAIN)))
 
 
@@ -168,7 +171,7 @@ def arranged(records):
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
     long = [row for row in rows if len(row[1]) > 2]
     long.sort(key=lambda row: -sum(map(len, rows[row].values())))
-    letters = {row: f"{row[0]} [{'abcdefghijklmnopqrstuvwxyz'[k % 26]}]" for k, row in enumerate(long)}
+    letters = {row: f"{row[0]} [{string.ascii_lowercase[k % 26]}{k // 26 or ''}]" for k, row in enumerate(long)}
     named = {letters.get(row) or ", ".join([row[0], *row[1]]): found for row, found in rows.items()}
     options = {letters[row]: f"`{' '.join('--' + c.strip('`') for c in row[1])}`" for row in long}
     return named, list(columns.values()), before, shared, options

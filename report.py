@@ -120,14 +120,16 @@ REPORTED = {  # ACC / ASR of the backdoored network that others report
     for name, (acc, asr) in leaderboard.REPORTED[""].items()}
 
 
-RECIPE = ("epochs", "optimizer", "lr", "augment")
+RECIPE = ("epochs", "optimizer", "lr", "augment")  # what a table names
+NO_RECIPE = {*AttackConfig.__dataclass_fields__, *NOT_IN_KEY, "stamp", "resume"}
 
 
 def by_recipe(records):
     """Lists of records of networks of the same recipe of training; first those with a clean one to compare with."""
     recipes, trained = {}, [r for r in records if r["config"]["script"] == "TrainConfig"]
     for r in sorted(trained, key=lambda r: r["config"]["trigger_type"] != "none"):
-        key = repr([r["data"], *(r["config"][k] for k in ("dataset", "s_name", *RECIPE))])
+        options = leaderboard.options_today(r["config"])
+        key = repr([r["data"], *(v for k, v in sorted(options.items()) if k not in NO_RECIPE)])
         recipes.setdefault(key, []).append(r)
     return list(recipes.values())
 
@@ -161,7 +163,8 @@ def render_attacks(records):
 def attack_rows(records):
     """(attack, its options, cells) of one recipe's records: seeds, ACC, points lost against the clean network's, ASR,
     what was measured apart, what others report."""
-    clean = [r["metrics"]["clean_acc"] for r in records if r["config"]["trigger_type"] == "none"]
+    clean = [r["metrics"]["clean_acc"] for runs in groups([r for r in records if r["config"]["trigger_type"] == "none"])
+             for r in runs]
     if clean:
         yield "none", "--trigger_type none", [str(len(clean)), spread(clean), "", "", "", ""]
     order = [*attacks.PRESETS, ""]
@@ -263,6 +266,8 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", default=PUBLISHED, help="where the result files lie")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
+    if not Path(args.folder).is_dir():
+        raise UserError(f"no such folder: {args.folder}")
     for file in FILES:
         texts = rendered(file, args.folder)
         print("\n\n".join(texts.values()), end="\n\n")

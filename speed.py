@@ -156,8 +156,10 @@ class Together(Runner):
 
 
 def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def teacher_loss(device, channels_last):

@@ -30,6 +30,8 @@ def main(config):
     """Train the backdoored model that ``config`` (``TrainConfig``) describes."""
     if config.trigger_type == "auto":
         raise UserError("--trigger_type auto: is for main.py, which looks into a checkpoint; name a trigger")
+    if config.layers:
+        raise UserError("--layers: is for erasing; training has no attention to distil")
     team = Team(config)
     train_in(team, config)
     team.close()

@@ -77,7 +77,8 @@ class Normalize:
 
     def __call__(self, _module, inputs):
         x = inputs[0]
-        return ((x - self.mean.to(x)) / self.std.to(x), *inputs[1:])
+        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)  # copied once: on a GPU that would wait
+        return ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype), *inputs[1:])
 
 
 def select_model(dataset, model_name, pretrained=False, pretrained_models_path=None, n_classes=10, *, in_channels=None,

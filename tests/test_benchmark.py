@@ -262,6 +262,7 @@ def test_a_run_goes_on_where_its_state_is(tmp_path):
     (["--defenses", "nad", "--seeds", "one"], "--seeds: seed: a whole number"),
     (["--defenses", "nad"], "--seeds: at least one is needed"),
     (["--preset", "all"], "--preset: one of "),
+    (["--defenses", "nad:trigger_type=none", "--seeds", "1"], "leaves no ASR"),
     (["--defenses", "nad:seed=1", "--seeds", "1"], "--defenses seed=1: an option of EraseConfig"),
 ])
 def test_mistakes_get_one_line(workplace, capsys, args, text):
@@ -406,8 +407,8 @@ def test_reported_numbers_stand_in_brackets():
 
 def test_two_networks_of_one_attack_are_two_columns():
     text = leaderboard.render([line(1, 2.0, network="a"), line(1, 4.0, network="b"), line(2, 6.0, network="b")])
-    assert "| ASR | BadNets (1) | BadNets (2) |" in text
-    assert "| NAD | 2.0 | 5.0 ± 1.4 |" in text
+    assert "| ASR | BadNets | BadNets (2) |" in text
+    assert "| NAD | 5.0 ± 1.4 (2.14) | 2.0 |" in text, "the one with most lines keeps the name"
     assert leaderboard.render([line(1, 2.0), line(1, 4.0, test_size=9)]).count("| ASR | BadNets |") == 2
 
 
@@ -434,13 +435,73 @@ def test_a_lost_line_is_made_again(done, monkeypatch, tmp_path):
     assert next(r for r in read_lines("results/benchmark.jsonl"))["metrics"] == first["metrics"]
 
 
-def test_two_benchmarks_beside_each_other_count_no_cell_twice(workplace):
-    both = [start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2")
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_two_benchmarks_beside_each_other_count_no_cell_twice(workplace, jobs):
+    grid = ["--defenses", "finetune", "clp", "--seeds", "1", "2", "--jobs", jobs]
+    both = [start(workplace, "benchmark.py", *TINY, *grid)
             for _ in range(2)]
     for process in both:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
     assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+    assert not Path("results/errors.jsonl").exists()
+
+
+def test_a_cell_that_another_process_finished_meanwhile_has_not_failed(monkeypatch, tmp_path):
+    """Whatever became of the attempt, from whose feet the other one took the files."""
+    network = tmp_path / "s.tar"
+    network.touch()
+    cell = benchmark.Cell("BadNets", "clp", EraseConfig(defense="clp", s_model=str(network)))
+
+    def run(error):
+        def run(cell):
+            monkeypatch.setattr(benchmark, "unfinished", lambda cells, out: [])
+            if isinstance(error, Exception):
+                raise error
+            return error
+        return run
+
+    for error in (None, UserError("none"), FileNotFoundError("log.txt")):
+        monkeypatch.undo()
+        assert benchmark.attempt(cell, run(error), BenchmarkConfig(), tmp_path) is None
+    monkeypatch.undo()
+    assert benchmark.attempt(cell, lambda cell: UserError("none"), BenchmarkConfig(), tmp_path).args == ("none",)
+
+
+def test_a_run_that_outlives_its_benchmark_is_not_repeated(workplace):
+    """It goes on when the benchmark is killed; the next one waits for its result."""
+    args = ["benchmark.py", *TINY, "--defenses", "finetune:epochs=30", "--seeds", "1", "--jobs", "2", "--keep"]
+    process = start(workplace, *args)
+    while not (running := scripts_in(workplace, "/main.py")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert running == scripts_in(workplace, "/main.py")
+    out, err = start(workplace, *args).communicate(timeout=300)
+    assert "2 of 2 cells are in" in out, err
+    logs = [path.read_text() for path in Path("results/cells").glob("*/log.txt")]
+    assert "".join(logs).count("finetune  epoch  1/30") == 1
+
+
+def test_an_interrupt_of_the_benchmark_alone_ends_its_runs(workplace):
+    process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune:epochs=10000", "--seeds", "1", "2", "3",
+                    "--jobs", "2")
+    while len(scripts_in(workplace, "/main.py")) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not scripts_in(workplace, "/main.py")
+
+
+def test_without_gpus_a_cell_on_ray_takes_the_cpu(tmp_path):
+    commands = []
+    for device in ("auto", "cuda"):
+        cell = benchmark.Cell("BadNets", "clp", EraseConfig(defense="clp", device=device, log_root=str(tmp_path)))
+        benchmark.run_apart(cell, 1, 0, lambda command, *_: commands.append(command) or (0, ""), "cpu")
+    assert [command[-2:] == ["--device", "cpu"] for command in commands] == [True, False]
 
 
 def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
@@ -451,7 +512,7 @@ def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
     order, other = [], contextlib.ExitStack()
     other.enter_context(locked(made[0].folder() / "lock"))
     command = [sys.executable, "-c", "raise SystemExit(5)"]
-    assert processes.run_script_apart(command, made[0].folder(), tmp_path, tmp_path, 0, wait=False) == (None, "")
+    assert processes.run_script_apart(command, made[0].folder(), tmp_path, tmp_path, 0) == (None, "")
 
     def run_here(cell):
         order.append(cell.config.seed)
@@ -476,12 +537,20 @@ def test_a_shipped_network_is_taken_if_it_is_what_it_should_be(workplace, option
         with pytest.raises(UserError, match=re.escape(text)):
             benchmark.network_of("BadNets", {}, Path("results"))
     else:
-        for given in ({}, {"device": "cpu"}, {"dataset": "CIFAR10"}):
+        for given in ({}, {"device": "cpu"}, {"dataset": "CIFAR10"}, {"epochs": 30}):
             assert benchmark.network_of("BadNets", given, Path("results")).config.checkpoint_root == "weight/s_net"
         trained = [benchmark.network_of(attack, given, Path("results")).config.checkpoint_root for attack, given in (
             ("BadNets", {"epochs": 3}), ("BadNets:epochs=3", {}), ("BadNets:epochs=3", {"threads": 7}))]
         assert trained[0].startswith("results/networks/cifar10_badnets-")
         assert len(set(trained)) == 1, "one network for equal options, whatever the machine"
+
+
+@pytest.mark.parametrize(("given", "shipped"), [({"sig_delta": 20.0}, False), ({"target_label": 5}, False),
+                                                ({"sig_delta": 40.0}, True), ({"epochs": 10}, True),
+                                                ({"epochs": 30}, False)])
+def test_options_are_compared_with_what_the_shipped_network_was_trained_with(monkeypatch, given, shipped):
+    monkeypatch.chdir(ROOT)
+    assert benchmark.network_of("SIG", given, Path("results")).shipped == shipped
 
 
 def test_the_leaderboard_as_a_picture(workplace, monkeypatch, capsys):

@@ -55,6 +55,12 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / "part.tar").write_bytes(content[:size])
         with pytest.raises(UserError, match=r"part\.tar"):
             load_checkpoint(tmp_path / "part.tar")
+    torch.save({"state_dict": {"a": torch.ones(3)}}, whole, _use_new_zipfile_serialization=False)  # as old torch did
+    content = whole.read_bytes()
+    for size in range(1, len(content)):
+        (tmp_path / "part.tar").write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"part\.tar"):
+            load_checkpoint(tmp_path / "part.tar")
     for name, content, message in (("empty.tar", b"", "empty"), ("text.tar", b"hello there", "not a checkpoint"),
                                    ("picture.tar", b"\x89PNG\r\n" + bytes(500), "not a checkpoint")):
         (tmp_path / name).write_bytes(content)

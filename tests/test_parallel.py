@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 
 def run(folder, *args, processes=1):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29617"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run([sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_badnet.py"), *ARGS,
                            *args], cwd=folder, capture_output=True, text=True, timeout=300)
 
@@ -77,7 +77,7 @@ with team.in_turn():
 pathlib.Path(str(team.rank)).write_text(str(found))
 team.close()
 """)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, str(script)], cwd=tmp_path, check=True, timeout=120, capture_output=True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["False", "True"]
 

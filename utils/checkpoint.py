@@ -9,6 +9,7 @@ import hashlib
 import io
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_checkpoint(path):
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or 'damaged'}") from None
     except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError, AssertionError,
-            zipfile.BadZipFile, UnicodeDecodeError, MemoryError, OverflowError):
+            zipfile.BadZipFile, UnicodeDecodeError, MemoryError, OverflowError, struct.error):
         raise UserError(f"not a checkpoint, or cut short: {path}") from None
     if not isinstance(content, dict):
         raise UserError(f"not a checkpoint: {path} holds a {type(content).__name__}, not a dict")

@@ -51,7 +51,8 @@ def use_bf16(amp, device):
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return has_bf16_instructions() and torch.backends.mkldnn.is_available()
     return False

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from config import UserError
+from utils.devices import choose_device
 
 PATIENCE = timedelta(hours=2)  # with a process that downloads and prepares while the others wait
 
@@ -30,6 +31,8 @@ class Team:
             raise UserError("--compile does not go with torchrun")
         if config.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {config.device}: under torchrun it is auto, cpu or cuda, a GPU for each process")
+        if config.device == "cuda" and not torch.cuda.is_available():
+            choose_device(config.device)  # which says so
         self.cuda = config.device != "cpu" and torch.cuda.is_available()
         if self.cuda and self.local >= torch.cuda.device_count():
             raise UserError(f"torchrun --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, each takes "

@@ -113,6 +113,7 @@ class Journal(TerminalProgress):
         what = json.dumps([decisive(identity(config)), self.inputs], sort_keys=True)
         key = hashlib.sha256(what.encode()).hexdigest()[:10]
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
+        self.before = self.folder.with_name(self.folder.name.replace("-resume-", "-interrupted-"))
         self.history, self.run_id, self.other = [], secrets.token_hex(8), 0.0
         self.resumed = False
         if not config.save:
@@ -125,7 +126,10 @@ class Journal(TerminalProgress):
             if config.resume:
                 say("nothing to resume for this configuration: starting from the beginning")
             elif note.exists():
-                say("note: starting over; the same run was interrupted before and --resume would have gone on with it")
+                shutil.rmtree(self.before, ignore_errors=True)
+                self.folder.rename(self.before)
+                say(f"note: starting over; the same run was interrupted before. To go on with that one: stop this one, "
+                    f"rename {self.before} to {self.folder.name}, and --resume")
             shutil.rmtree(self.folder, ignore_errors=True)
             save_checkpoint(note, {"run_id": self.run_id, "config": identity(config)})
 
@@ -179,7 +183,8 @@ class Journal(TerminalProgress):
         save_checkpoint(self.target, {**content, "config": identity(config), "inputs": self.inputs,
                                       "versions": versions()})
         say(f"saved: {self.target}, and a line in {path}")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, self.before):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished(config, target):
