@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from config import TrainConfig, UserError
 from utils.data import Augment, Batches, TensorData
+from utils.parallel import Team
 
 ARGS = ["--dataset", "shapes10", "--train_size", "50", "--test_size", "100", "--s_name", "WRN-10-1", "--device", "cpu",
         "--threads", "1", "--epochs", "3", "--batch_size", "50", "--amp", "off", "--optimizer", "sgd"]
@@ -54,6 +56,14 @@ def test_two_processes_compute_what_one_does(tmp_path):
         if value.is_floating_point():
             assert torch.allclose(value, states[1][name], atol=5e-3), name
     assert "2 processes" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_trained(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--device cuda"):
+        Team(TrainConfig(device="cuda"))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

@@ -34,8 +34,11 @@ def test_networks_of_the_benchmark_stand_among_the_attacks():
 
     lines = [trained("none", 85.0), record(1, 2.0),
              trained("blendTrigger", 84.0, cell={"attack": "Blend", "defense": ""})]
+    lines += [trained("none", 85.0), trained("blendTrigger", 40.0)]
+    lines[-1]["config"]["train_size"] = 2000
     text = report.render_attacks(lines)
-    assert "| none | 10 | 1 | 85.00 |" in text
+    assert "| none | 10 | 1 | 85.00 |" in text, "one seed"
+    assert "40.00" not in text, "of another recipe, without a clean network to compare with"
     assert "| Blend | 10 | 1 | 84.00 | 1.00 | 99.00 |" in text
     assert report.render_attacks([]) == "no attack was measured yet"
     assert "--trigger_type blendTrigger" in report.render_attack_runs(lines)
@@ -50,6 +53,11 @@ def test_readme_shows_what_is_published(file):
     assert leaderboard.rewritten(readme, report.rendered(file)) == readme
     with pytest.raises(UserError, match="no <!-- results --> markers"):
         leaderboard.rewritten("", {"results": ""})
+
+
+def test_a_folder_that_is_not_there_empties_no_readme(tmp_path):
+    with pytest.raises(UserError, match="no such folder: .*nowhere"):
+        report.main([str(tmp_path / "nowhere"), "--write"])
 
 
 def test_the_search_names_the_default_and_the_best_within_the_bound():

@@ -274,6 +274,22 @@ def test_train_badnet_killed_and_resumed_is_bit_identical(trained, tmp_path):
     assert [h["epoch"] for h in record["history"]] == [1, 2, 3]
 
 
+def test_the_state_of_an_interrupted_run_is_kept_if_the_flag_was_forgotten(workplace, monkeypatch, capsys):
+    def interrupted(self, stage, model, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "epoch_done", interrupted)
+        for _ in range(2):
+            assert train() == 130
+    folder, = STUDENT.parent.glob("*-resume-*")
+    before, = STUDENT.parent.glob("*-interrupted-*")
+    assert f"rename {before} to {folder.name}, and --resume" in capsys.readouterr().out
+    assert (before / "run.tar").exists()
+    assert train() == 0
+    assert [path.name for path in STUDENT.parent.iterdir()] == [STUDENT.name]
+
+
 def test_main_interrupted_and_resumed_is_bit_identical(copied):
     process = start(copied, "main.py", *ERASE)
     until(process, "nad       epoch  1/2")
@@ -297,6 +313,7 @@ def test_main_interrupted_and_resumed_is_bit_identical(copied):
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--trigger_type", "grid"], "--trigger_type: one of blendTrigger, clTrigger"),
     (["--trigger_type", "auto"], "--trigger_type auto: is for main.py"),
+    (["--layers", "block1"], "--layers: is for erasing"),
     (["--target_label", "10"], "--target_label 10: the data set has the classes 0 to 9"),
     (["--trig_w", "33"], "does not fit into an image 32 wide"),
     (["--device", "cuda:99"], "--device cuda:99: not on this machine"),
