@@ -31,8 +31,7 @@ class Team:
             raise UserError("--compile does not go with torchrun")
         if config.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {config.device}: under torchrun it is auto, cpu or cuda, a GPU for each process")
-        if config.device == "cuda" and not torch.cuda.is_available():
-            choose_device(config.device)  # which says so
+        choose_device(config.device)  # which refuses a GPU that is not there
         self.cuda = config.device != "cpu" and torch.cuda.is_available()
         if self.cuda and self.local >= torch.cuda.device_count():
             raise UserError(f"torchrun --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, each takes "
