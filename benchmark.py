@@ -189,18 +189,18 @@ def cells_of(grid, out):
                      **settings(EraseConfig, grid.get("erase_options", []), "erase_options")}
         for attack in grid["attacks"]:
             network = network_of(attack, own_train, out)
-            if "none" in (network.config.trigger_type, own_erase.get("trigger_type")):
-                raise UserError(f"--attacks {attack}: trigger_type none leaves nothing to erase")
             path = student_file(network.config, network.config.checkpoint_root)
             if not network.shipped:
                 trained.append(network)
             for defense, seed in itertools.product(grid["defenses"], grid["seeds"]):
                 chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
-                if options.get("trigger_type") == "none":
-                    raise UserError(f"--defenses {defense}: trigger_type none leaves no ASR to measure")
+                options = {**own_erase, **options}
+                if "none" in (network.config.trigger_type, options.get("trigger_type")):
+                    raise UserError(f"--attacks {attack} --defenses {defense}: trigger_type none leaves no ASR to "
+                                    f"measure")
                 number = convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ")
                 erased.append(Cell(attack, defense, EraseConfig(**{
-                    **own_erase, **options, "defense": chosen, "seed": number, "s_model": str(path),
+                    **options, "defense": chosen, "seed": number, "s_model": str(path),
                     "reflection_root": network.config.reflection_root, "blend_image": network.config.blend_image,
                     "beside": False})))
     return trained + erased

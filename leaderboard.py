@@ -198,14 +198,12 @@ def short_block(name, records):
     it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR."""
     rows, columns, before, shared, long = arranged(records)
 
-    def place(found):
-        few = min(len(found[a]) for a in SIX) < 3
-        return few, statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX)
-
     plain = {defenses.title(name) for name in defenses.NAMES}
-    rows = {row: found for row, found in rows.items() if {*SIX} <= found.keys()}
-    rows = {row: found for row, found in sorted(rows.items(), key=lambda pair: place(pair[1]))
-            if row in plain or not place(found)[0]}
+    places = {row: (min(len(found[a]) for a in SIX) < 3,
+                    statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))
+              for row, found in rows.items() if {*SIX} <= found.keys()}
+    rows = {row: rows[row] for row, (few, _) in sorted(places.items(), key=lambda pair: pair[1])
+            if row in plain or not few}
     return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
                       *summary(rows, list(SIX), before, usual_machine(records)), "",
                       *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", measured_on(records)])

@@ -254,7 +254,7 @@ def test_a_run_goes_on_where_its_state_is(tmp_path):
 
 
 @pytest.mark.parametrize(("args", "text"), [
-    (["--defenses", "clp", "--seeds", "1", "--erase_options", "trigger_type=none"], "leaves nothing to erase"),
+    (["--defenses", "clp", "--seeds", "1", "--erase_options", "trigger_type=none"], "leaves no ASR"),
     (["--defenses", "clp", "--seeds", "1", "--attacks", "Nothing"], "--attacks Nothing: one of BadNets; "),
     (["--defenses", "x", "--seeds", "1"], "--defenses x: one of anp; clp"),
     (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
