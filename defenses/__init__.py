@@ -26,6 +26,8 @@ def get(name):
 
 def check(model, clean_data, config):
     """Raise ``UserError`` if ``config.first`` or ``config.defense`` cannot erase ``model`` with ``clean_data``."""
+    if config.freeze_bn and config.precise_bn:
+        raise UserError("--precise_bn: takes anew what --freeze_bn keeps; one of them has to go")
     clean_data = clean_data.to(next(model.parameters()).device)
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):

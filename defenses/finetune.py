@@ -11,7 +11,8 @@ def recipe(model, config):
     """The arguments of ``utils.engine.fit`` that every stage shares."""
     device = next(model.parameters()).device
     return {"momentum": config.momentum, "weight_decay": config.weight_decay,
-            "seed": config.seed, "amp": use_bf16(config.amp, device), "freeze_bn": config.freeze_bn}
+            "seed": config.seed, "amp": use_bf16(config.amp, device), "freeze_bn": config.freeze_bn,
+            "precise_bn": config.precise_bn}
 
 
 def clean_batches(clean_data, config, stage):

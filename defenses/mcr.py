@@ -4,7 +4,7 @@
 
 w_0 are the weights of the network, w_1 those of its fine-tuned version (or of ``--t_model``), and theta, at first their
 mean, is trained on the clean subset with a t drawn for each batch. The result is w(``--mcr_t``), whose BatchNorm
-statistics are taken on the clean subset.
+statistics are taken on the clean subset, augmented as in training [authors' code].
 """
 
 import torch
@@ -14,8 +14,8 @@ from torch.func import functional_call
 from config import UserError
 from defenses.finetune import clean_batches, recipe, tune
 from defenses.nad import make_teacher
-from utils.data import to_float
-from utils.engine import clone, fit
+from utils.devices import use_bf16
+from utils.engine import clone, fit, settle_batchnorm
 
 USES = ("finetune", "teacher")
 
@@ -42,29 +42,12 @@ class CurveLoss:
 
 
 @torch.no_grad()
-def settle_batchnorm(model, data, batch_size=250):
-    """Replace BatchNorm's statistics in ``model`` by those of ``data`` (``TensorData``)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a plain mean over the batches, which are of nearly the same size
-        m.train()
-    for part in data.images.chunk(-(-len(data) // batch_size)):
-        model(to_float(part))
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
-    return model.eval()
-
-
-@torch.no_grad()
-def at(model, bend, end, t, data):
-    """The network at ``t`` of the curve from ``model`` over ``bend`` to ``end``; statistics from ``data``."""
+def at(model, bend, end, t, batches, amp=False):
+    """The network at ``t`` of the curve from ``model`` over ``bend`` to ``end``; statistics from ``batches``."""
     point = clone(model)
     for name, w in on_curve(weights(model), weights(bend), weights(end), t).items():
         point.get_parameter(name).copy_(w)
-    return settle_batchnorm(point, data)
+    return settle_batchnorm(point, batches, amp=amp)
 
 
 def check(model, clean_data, config):
@@ -98,4 +81,5 @@ def erase(model, clean_data, config, progress=None):
     """The network at ``config.mcr_t`` of the curve between ``model`` and its fine-tuned version."""
     clean_data = clean_data.to(next(model.parameters()).device)
     bend, end = curve(model, clean_data, config, progress)
-    return at(model, bend, end, config.mcr_t, clean_data)
+    return at(model, bend, end, config.mcr_t, clean_batches(clean_data, config, "mcr statistics"),
+              use_bf16(config.amp, clean_data.images.device))

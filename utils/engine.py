@@ -109,6 +109,29 @@ def percent(hits):
     return round(100 * hits.sum().item() / len(hits), 2)
 
 
+@torch.no_grad()
+def settle_batchnorm(model, batches, epoch=0, amp=False):
+    """Replace BatchNorm's statistics in ``model`` by their mean over ``batches.epoch(epoch)``. Returns ``model``.
+
+    Training leaves an average of the last ten batches or so, taken while the weights moved; with few images that is
+    noisy enough to cost accuracy [Wu and Johnson 2021, arXiv 2105.07576: "precise BatchNorm"]. ``batches`` should be
+    augmented as in training: the black of crops and holes is in the statistics that the weights were trained with.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean over the batches, which are of the same size
+        m.train()
+    for images, _ in batches.epoch(epoch):
+        with autocast(images.device, amp):
+            model(images)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    return model.eval()
+
+
 class Progress:
     """What ``fit`` tells its caller: where a stage stands, and when an epoch or a stage is done. This one is silent."""
 
@@ -148,12 +171,14 @@ class TerminalProgress(Progress):
 
 
 def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay, seed, stage, amp=False,
-        compiled=False, turn=0.0, nesterov=True, freeze_bn=False, progress=None, team=None, flag="lr"):
+        compiled=False, turn=0.0, nesterov=True, freeze_bn=False, precise_bn=False, progress=None, team=None,
+        flag="lr"):
     """Train ``model`` in place with ``loss`` for ``epochs``; the last epoch is the result. Returns ``model``.
 
     The optimiser is SGD, or Muon if ``turn`` is not 0 (``utils/optim.py``). ``lr_schedule`` is a name that ``rate``
     knows, or a function of the losses of the epochs so far, a list, that gives the factor of the learning rate in the
-    next; ``flag`` is the option that ``lr`` came from. ``freeze_bn`` keeps the statistics of BatchNorm as they are.
+    next; ``flag`` is the option that ``lr`` came from. ``freeze_bn`` keeps the statistics of BatchNorm as they are,
+    ``precise_bn`` takes them anew at the end, over one more epoch of ``batches``.
     ``team`` (``utils.parallel.Team``): the processes that train together. An interrupted stage goes on from
     ``progress.load(stage)``; everything random depends on ``seed``, the batches and the epoch, so that it ends with the
     same weights. Raises ``UserError`` if the loss stops being finite; what ``progress`` saved last is from before that.
@@ -194,6 +219,8 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
         progress.epoch_done(stage, model, record)
         progress.save(stage, {"state_dict": model.state_dict(), "optimizer": optim.state_dict(), "epoch": epoch + 1,
                               "history": history})
+    if precise_bn:
+        settle_batchnorm(model, batches, epochs, amp)
     model.eval()
     progress.stage_done(stage, model)
     return model
