@@ -209,8 +209,8 @@ class EraseConfig(SubjectConfig):
     rounds: int = option(1, "nad", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
                          low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
-    precise_bn: bool = option(False, "erasing", "take BatchNorm's statistics anew at the end of each training, over the "
-                                                 "whole clean subset, instead of following its last batches")
+    precise_bn: bool = option(False, "erasing", "take BatchNorm's statistics anew after each training, over the whole "
+                                                "clean subset, instead of following its last batches")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
     beta1: float = option(500.0, "nad", "weight of the attention loss of the first layer [demo, search]",

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import defenses
@@ -13,9 +14,9 @@ from data_loader import DatasetBD
 from defenses.nad import NADLoss
 from models import build
 from utils import devices
-from utils.data import Batches, TensorData
+from utils.data import Augment, Batches, TensorData, to_float
 from utils.devices import choose_device, hardware
-from utils.engine import Progress, cross_entropy, evaluate, fit
+from utils.engine import Progress, cross_entropy, evaluate, fit, settle_batchnorm
 from utils.optim import make_optimizer, orthogonalized, rate
 
 RECIPE = {"lr_schedule": "constant", "momentum": 0.9, "weight_decay": 1e-4, "seed": 1, "stage": "test"}
@@ -182,6 +183,37 @@ def test_frozen_batchnorm_keeps_its_statistics():
     assert torch.equal(model.bn1.running_mean, before)
     fit(model, cross_entropy, Batches(toy(), 16), epochs=1, lr=0.1, **RECIPE)
     assert not torch.equal(model.bn1.running_mean, before)
+
+
+def test_batchnorm_is_settled_on_all_batches():
+    torch.manual_seed(0)
+    model, data = build("WRN-10-1", 10), toy(600)
+    data.images[250:] //= 4
+    weights = [p.clone() for p in model.parameters()]
+    out = F.conv2d(to_float(data.images), model.conv1.weight, padding=1)
+    assert settle_batchnorm(model, Batches(data, 200), 3) is model
+    first = model.block1.layer[0].bn1
+    assert torch.allclose(first.running_mean, out.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(first.running_var, out.var((0, 2, 3)), rtol=0.02)
+    assert first.momentum == 0.1 and not any(m.training for m in model.modules())
+    assert all(torch.equal(w, p) for w, p in zip(weights, model.parameters(), strict=True))
+
+
+def test_precise_batchnorm_changes_the_statistics_alone():
+    plain, precise = build("WRN-10-1", 10), build("WRN-10-1", 10)
+    precise.load_state_dict(plain.state_dict())
+    batches = Batches(toy(), 16, Augment(2))
+    fit(plain, cross_entropy, batches, epochs=2, lr=0.1, **RECIPE)
+    fit(precise, cross_entropy, batches, epochs=2, lr=0.1, precise_bn=True, **RECIPE)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), precise.parameters(), strict=True))
+    assert not torch.equal(plain.bn1.running_var, precise.bn1.running_var)
+    settle_batchnorm(plain, batches, 2)  # the epoch after the last
+    assert torch.equal(plain.bn1.running_var, precise.bn1.running_var)
+
+
+def test_batchnorm_is_not_both_frozen_and_settled():
+    with pytest.raises(UserError, match="--precise_bn: takes anew what --freeze_bn keeps"):
+        defenses.erase(build("WRN-10-1", 10), toy(), EraseConfig(freeze_bn=True, precise_bn=True))
 
 
 def test_devices_that_are_not_there():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_defenses import Planted, network, short, toy
 from torch import nn
 
+import defenses
 import detect
 import main
 import strip
@@ -173,12 +174,15 @@ def test_the_curve_bends_at_first_in_the_middle_between_the_network_and_its_tune
     assert (named["lr"], named["epochs"]) == (0.015, 7)
 
 
-def test_statistics_are_settled_on_all_images():
-    model, data = network(), toy(600)
-    data.images[250:] //= 4
-    settled = mcr.settle_batchnorm(clone(model), data)
-    expected = F.conv2d(to_float(data.images), model.conv1.weight, padding=1).mean((0, 2, 3))
-    assert torch.allclose(settled.block1.layer[0].bn1.running_mean, expected, atol=1e-5)
+@pytest.mark.parametrize("name", ["finetune", "nad", "sage", "ftsam", "fine_pruning", "mcr", "neural_cleanse"])
+def test_precise_batchnorm_reaches_every_training(monkeypatch, name):
+    monkeypatch.setattr(neural_cleanse, "reversed_before", lambda *_: triggers())
+    monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [0])
+    modules = {defenses.get("finetune"), defenses.get(name)}
+    calls = [spied(monkeypatch, module) for module in modules if hasattr(module, "fit")]
+    defenses.get(name).erase(network(), toy(), short(precise_bn=True))
+    found = [named["precise_bn"] for each in calls for _, named in each]
+    assert found and all(found)
 
 
 def test_the_options_of_anp(monkeypatch):
