@@ -197,7 +197,6 @@ def short_block(name, records):
     """Means over the paper's six attacks and the ASR of each attack, for rows with all six and three seeds or one if
     it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR."""
     rows, columns, before, shared, long = arranged(records)
-
     plain = {defenses.title(name) for name in defenses.NAMES}
     places = {row: (min(len(found[a]) for a in SIX) < 3,
                     statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))

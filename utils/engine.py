@@ -109,6 +109,11 @@ def percent(hits):
     return round(100 * hits.sum().item() / len(hits), 2)
 
 
+def batchnorms(model):
+    """The BatchNorm layers of ``model``, a list."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @torch.no_grad()
 def settle_batchnorm(model, batches, epoch=0, amp=False):
     """Replace BatchNorm's statistics in ``model`` by their mean over ``batches.epoch(epoch)``. Returns ``model``.
@@ -117,7 +122,7 @@ def settle_batchnorm(model, batches, epoch=0, amp=False):
     noisy enough to cost accuracy [Wu and Johnson 2021, arXiv 2105.07576: "precise BatchNorm"]. ``batches`` should be
     augmented as in training: the black of crops and holes is in the statistics that the weights were trained with.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batchnorms(model)
     momenta = [m.momentum for m in norms]
     model.eval()
     for m in norms:
@@ -204,8 +209,8 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
         torch.manual_seed(derive(seed, batches.name, "layers", epoch, *shared))  # dropout and the like
         start = time.perf_counter()
         model.train()
-        for module in model.modules():
-            if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if freeze_bn:
+            for module in batchnorms(model):
                 module.eval()
         rate_at = schedule(lr_schedule, epochs, [r["loss"] for r in history])
         with progress.bar(stage, epoch, epochs, len(batches)) as bar:
