@@ -113,6 +113,8 @@ def render_short(records):
 def draw(plt, name, records):
     """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack."""
     rows, columns, before, _, long = arranged(records)
+    rows, _ = parted(rows, columns)
+    long = {row: options for row, options in long.items() if row in rows}
     across = min(4, len(columns))
     down = -(-len(columns) // across)
     figure, panels = plt.subplots(down, across, squeeze=False, sharex=True, sharey=True, layout="constrained",
@@ -158,7 +160,8 @@ def columns_of(records):
 
 def arranged(records):
     """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share, {row: its
-    options} of rows with too many options for their name; they have letters, those with most runs the first)."""
+    options} of rows with too many options for their name; they have letters, the first are those with all of
+    the paper's six attacks and most runs)."""
     rows, columns, before = {}, columns_of(records), {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
@@ -170,16 +173,25 @@ def arranged(records):
         rows.setdefault((title, own), {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
     long = [row for row in rows if len(row[1]) > 2]
-    long.sort(key=lambda row: -sum(map(len, rows[row].values())))
+    long.sort(key=lambda row: (not {*SIX} <= rows[row].keys(), -sum(map(len, rows[row].values()))))
     letters = {row: f"{row[0]} [{string.ascii_lowercase[k % 26]}{k // 26 or ''}]" for k, row in enumerate(long)}
     named = {letters.get(row) or ", ".join([row[0], *row[1]]): found for row, found in rows.items()}
     options = {letters[row]: f"`{' '.join('--' + c.strip('`') for c in row[1])}`" for row in long}
     return named, list(columns.values()), before, shared, options
 
 
+def parted(rows, columns):
+    """(rows of the main tables, recipes that were measured on a part of the paper's six attacks)."""
+    plain = {defenses.title(name) for name in defenses.NAMES}
+    few = {row: found for row, found in rows.items()
+           if {*SIX} <= {*columns} and row not in plain and not {*SIX} <= found.keys()}
+    return {row: found for row, found in rows.items() if row not in few}, few
+
+
 def block(name, records):
-    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each."""
+    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each; those of ``on_fewer``."""
     rows, columns, before, shared, long = arranged(records)
+    rows, few = parted(rows, columns)
     known = any(column in found for found in REPORTED.values() for column in columns)
     reported = REPORTED if known and records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
     out = [heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records)), ""]
@@ -190,7 +202,39 @@ def block(name, records):
     if reported:
         out += ["In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
                 "another network and other implementations; for SAGE its paper (ResNet-18, 1% clean).", ""]
+    out += on_fewer(few, rows, columns, before, long)
     return "\n".join([*out, measured_on(records)])
+
+
+def on_fewer(few, rows, columns, before, long):
+    """A table for each set of seeds of ``few``, the recipes that were measured on fewer attacks: accuracy lost and ASR,
+    under the defenses as they stand, of ``rows``, with the same seeds."""
+    by_seeds, out = {}, []
+    for row, found in few.items():
+        by_seeds.setdefault(tuple(sorted({s for runs in found.values() for s in runs})), {})[row] = found
+    for seeds, chosen in sorted(by_seeds.items()):
+        here = [c for c in columns if any(c in found for found in chosen.values())]
+        out += [f"| ACC lost / ASR, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {' | '.join(here)} |",
+                "|---" * (len(here) + 1) + "|"]
+        first = {row: next(iter(next(iter(found.values())).values()))["config"] for row, found in chosen.items()}
+        plain = {defenses.title(c["defense"]) for c in first.values()}
+        for row in [row for row in rows if row in plain] + sorted(chosen, key=lambda row: by_option(first[row])):
+            cells = []
+            for a in here:
+                runs = [r for s, r in {**rows, **few}[row].get(a, {}).items() if s in seeds]
+                lost = [before[a]["clean_acc"] - outcome(r)["clean_acc"] for r in runs]
+                cells.append(f"{spread(lost, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}" if runs else "")
+            label = f"{row.rpartition(' [')[0]}, {long[row]}" if row in long else row
+            out.append(f"| {label} | {' | '.join(cells)} |")
+        out.append("")
+    return out
+
+
+def by_option(config):
+    """A key that puts recipes in the order of their defense and of what they change."""
+    words = [c.strip("`").partition(" ")[::2] for c in changes(config)]
+    return (config["defense"], [(name, *((0, float(value)) if re.fullmatch(r"-?[\d.e+-]+", value) else (1, value)))
+                                for name, value in words])
 
 
 def short_block(name, records):

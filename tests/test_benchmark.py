@@ -276,7 +276,7 @@ def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **cha
     config = as_dict(EraseConfig(seed=seed, defense=defense, s_model="m", beside=False, **changes))
     inputs = {"s_model": network or attack, "t_model": ""}
     metrics = {"clean_acc": acc, "clean_acc_non_target": acc, "asr": asr, "ra": 100 - asr}
-    title = {"nad": "NAD", "clp": "CLP", "sage": "SAGE"}[defense]
+    title = {"nad": "NAD", "clp": "CLP", "sage": "SAGE", "anp": "ANP"}[defense]
     return {"config": config, "data": "image files (jpg)",
             "cell": {"attack": attack, "defense": defense}, "inputs": inputs, "version": benchmark.VERSION,
             "metrics": {"backdoored": {**metrics, "clean_acc": 82.0, "asr": 99.9, "ra": 0.1}, title: metrics},
@@ -342,6 +342,24 @@ def test_short_leaderboard_by_hand():
         + " 6.0 |\n\nMeasured on: cpu, torch 2.")
     five = runs(2.0, (1, 2, 3), *leaderboard.SIX[1:])
     assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
+
+
+def test_recipes_on_fewer_attacks_have_a_table_of_their_own():
+    def runs(asr, seeds, attacks, **more):
+        return [line(s, asr + s, attack=attack, **more) for attack in attacks for s in seeds]
+
+    text = leaderboard.render([
+        *runs(2.0, (1, 2), leaderboard.SIX), *runs(5.0, (1,), leaderboard.SIX, defense="clp"),
+        *runs(6.0, (1,), ("BadNets",), defense="anp"), *runs(3.0, (1,), ("BadNets", "Blend"), p=4.0),
+        *runs(7.0, (1,), ("Blend",), p=16.0), *runs(3.0, (1,), ("BadNets",), lr=0.3, p=4.0, beta1=0.0),
+        *runs(1.0, (1, 2), ("SIG",), attention="max")])
+    main, first, second, _ = text.split("| ACC lost / ASR, seed")[0], *text.split("\n\n")[-3:]
+    assert first == ("| ACC lost / ASR, seed 1 | BadNets | Blend |\n|---|---|---|\n| NAD | 2.0 / 3.0 | 2.0 / 3.0 |\n"
+                     "| NAD, `--lr 0.3 --beta1 0.0 --p 4.0` | 2.0 / 4.0 |  |\n"
+                     "| NAD, `p 4.0` | 2.0 / 4.0 | 2.0 / 4.0 |\n| NAD, `p 16.0` |  | 2.0 / 8.0 |")
+    assert second == ("| ACC lost / ASR, seeds 1, 2 | SIG |\n|---|---|\n| NAD | 2.0 / 3.5 ± 0.7 |\n"
+                      "| NAD, `attention max` | 2.0 / 2.5 ± 0.7 |")
+    assert "| ANP |" in main and "| CLP |" in main and "p 4.0" not in main and "attention max" not in main
 
 
 def test_means_need_the_same_seeds_for_each_attack():
