@@ -231,10 +231,10 @@ def on_fewer(few, rows, columns, before, long):
 
 
 def by_option(config):
-    """A key that puts recipes in the order of their defense and of what they change."""
+    """A key that puts recipes in the order of their defense, the one before it and what they change."""
     words = [c.strip("`").partition(" ")[::2] for c in changes(config)]
-    return (config["defense"], [(name, *((0, float(value)) if re.fullmatch(r"-?[\d.e+-]+", value) else (1, value)))
-                                for name, value in words])
+    values = [(name, *((0, float(v)) if re.fullmatch(r"-?[\d.e+-]+", v) else (1, v))) for name, v in words]
+    return config["defense"], config.get("first", ""), values
 
 
 def short_block(name, records):

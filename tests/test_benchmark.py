@@ -351,12 +351,14 @@ def test_recipes_on_fewer_attacks_have_a_table_of_their_own():
     text = leaderboard.render([
         *runs(2.0, (1, 2), leaderboard.SIX), *runs(5.0, (1,), leaderboard.SIX, defense="clp"),
         *runs(6.0, (1,), ("BadNets",), defense="anp"), *runs(3.0, (1,), ("BadNets", "Blend"), p=4.0),
-        *runs(7.0, (1,), ("Blend",), p=16.0), *runs(3.0, (1,), ("BadNets",), lr=0.3, p=4.0, beta1=0.0),
+        *runs(7.0, (1,), ("Blend",), p=16.0), *runs(8.0, (1,), ("Blend",), first="clp", lr=0.5),
+        *runs(3.0, (1,), ("BadNets",), lr=0.3, p=4.0, beta1=0.0),
         *runs(1.0, (1, 2), ("SIG",), attention="max")])
     main, first, second, _ = text.split("| ACC lost / ASR, seed")[0], *text.split("\n\n")[-3:]
     assert first == ("| ACC lost / ASR, seed 1 | BadNets | Blend |\n|---|---|---|\n| NAD | 2.0 / 3.0 | 2.0 / 3.0 |\n"
                      "| NAD, `--lr 0.3 --beta1 0.0 --p 4.0` | 2.0 / 4.0 |  |\n"
-                     "| NAD, `p 4.0` | 2.0 / 4.0 | 2.0 / 4.0 |\n| NAD, `p 16.0` |  | 2.0 / 8.0 |")
+                     "| NAD, `p 4.0` | 2.0 / 4.0 | 2.0 / 4.0 |\n| NAD, `p 16.0` |  | 2.0 / 8.0 |\n"
+                     "| CLP, then NAD, `lr 0.5` |  | 2.0 / 9.0 |")
     assert second == ("| ACC lost / ASR, seeds 1, 2 | SIG |\n|---|---|\n| NAD | 2.0 / 3.5 ± 0.7 |\n"
                       "| NAD, `attention max` | 2.0 / 2.5 ± 0.7 |")
     assert "| ANP |" in main and "| CLP |" in main and "p 4.0" not in main and "attention max" not in main
