@@ -65,15 +65,22 @@ def machines(records):
     return "; ".join(found).replace(" 1 threads", " 1 thread")
 
 
-def changes(config):
-    """The options of a run with ``config``, a dict, that are not default and decide its result, as a list of texts."""
-    config, words = options_today(config), []
+def changed(config):
+    """The options of a run with ``config``, a dict, that are not default and decide its result: [(name, value)]."""
+    config = options_today(config)
     left_out = {*NOT_IN_KEY, *DataConfig.__dataclass_fields__, "defense", "s_name", "s_model", "resume"}
-    for name, f in EraseConfig.__dataclass_fields__.items():
-        value, default = config[name], default_of(f)
-        if name not in left_out and value != default:
-            words.append(f"`{name} {' '.join(value) if isinstance(value, list) else value}`")
-    return words
+    return [(name, config[name]) for name, f in EraseConfig.__dataclass_fields__.items()
+            if name not in left_out and config[name] != default_of(f)]
+
+
+def changes(config):
+    """``changed`` as a list of texts."""
+    return [f"`{name} {' '.join(value) if isinstance(value, list) else value}`" for name, value in changed(config)]
+
+
+def plain_rows():
+    """What the rows of the defenses as they stand are called, a set."""
+    return {defenses.title(name) for name in defenses.NAMES}
 
 
 def data_name(config):
@@ -182,7 +189,7 @@ def arranged(records):
 
 def parted(rows, columns):
     """(rows of the main tables, recipes that were measured on a part of the paper's six attacks)."""
-    plain = {defenses.title(name) for name in defenses.NAMES}
+    plain = plain_rows()
     few = {row: found for row, found in rows.items()
            if {*SIX} <= {*columns} and row not in plain and not {*SIX} <= found.keys()}
     return {row: found for row, found in rows.items() if row not in few}, few
@@ -209,19 +216,20 @@ def block(name, records):
 def on_fewer(few, rows, columns, before, long):
     """A table for each set of seeds of ``few``, the recipes that were measured on fewer attacks: accuracy lost and ASR,
     under the defenses as they stand, of ``rows``, with the same seeds."""
-    by_seeds, out = {}, []
+    by_seeds, everything, out = {}, {**rows, **few}, []
     for row, found in few.items():
         by_seeds.setdefault(tuple(sorted({s for runs in found.values() for s in runs})), {})[row] = found
     for seeds, chosen in sorted(by_seeds.items()):
         here = [c for c in columns if any(c in found for found in chosen.values())]
         out += [f"| ACC lost / ASR, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {' | '.join(here)} |",
                 "|---" * (len(here) + 1) + "|"]
-        first = {row: next(iter(next(iter(found.values())).values()))["config"] for row, found in chosen.items()}
-        plain = {defenses.title(c["defense"]) for c in first.values()}
-        for row in [row for row in rows if row in plain] + sorted(chosen, key=lambda row: by_option(first[row])):
+        configs = {row: next(r["config"] for runs in found.values() for r in runs.values())
+                   for row, found in chosen.items()}
+        plain = {defenses.title(c["defense"]) for c in configs.values()}
+        for row in [row for row in rows if row in plain] + sorted(chosen, key=lambda row: by_option(configs[row])):
             cells = []
             for a in here:
-                runs = [r for s, r in {**rows, **few}[row].get(a, {}).items() if s in seeds]
+                runs = [r for s, r in everything[row].get(a, {}).items() if s in seeds]
                 lost = [before[a]["clean_acc"] - outcome(r)["clean_acc"] for r in runs]
                 cells.append(f"{spread(lost, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}" if runs else "")
             label = f"{row.rpartition(' [')[0]}, {long[row]}" if row in long else row
@@ -232,16 +240,14 @@ def on_fewer(few, rows, columns, before, long):
 
 def by_option(config):
     """A key that puts recipes in the order of their defense, the one before it and what they change."""
-    words = [c.strip("`").partition(" ")[::2] for c in changes(config)]
-    values = [(name, *((0, float(v)) if re.fullmatch(r"-?[\d.e+-]+", v) else (1, v))) for name, v in words]
-    return config["defense"], config.get("first", ""), values
+    return config["defense"], config.get("first", ""), changed(config)
 
 
 def short_block(name, records):
     """Means over the paper's six attacks and the ASR of each attack, for rows with all six and three seeds or one if
     it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR."""
     rows, columns, before, shared, long = arranged(records)
-    plain = {defenses.title(name) for name in defenses.NAMES}
+    plain = plain_rows()
     places = {row: (min(len(found[a]) for a in SIX) < 3,
                     statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))
               for row, found in rows.items() if {*SIX} <= found.keys()}
