@@ -280,6 +280,8 @@ class EraseConfig(SubjectConfig):
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
     beside: bool = option(True, "run", "measure fine-tuning beside the defense, on the same batches")
+    reference: str = option("", "run", "checkpoint of a network without a backdoor, of the architecture --s_name, to "
+                                       "measure too: its ASR is what the trigger does by itself")
     eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves; 0: at the end only",
                              low=0, unit="epochs")
     checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")

@@ -14,10 +14,12 @@ import defenses
 from config import DataConfig, EraseConfig, TrainConfig, UserError, as_dict, default_of
 from utils.files import write_atomically
 
+# options that do not decide a result, or are what runs are put together over
 NOT_IN_KEY = ("script", "seed", "device", "threads", "log_root", "save", "checkpoint_root", "teacher_root",
-              "eval_every", "beside")  # options that do not decide a result, or are what runs are put together over
+              "eval_every", "beside", "reference")
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of the NAD paper
 MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the others get tables of their own
+REFERENCE = "clean network"  # what main.py calls the network of --reference
 WIDE = 8  # columns of a table
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
     "sage": {"BadNets": (None, 10.11), "Trojan": (None, 19.42), "WaNet": (None, 6.79)},  # its paper's
@@ -79,8 +81,8 @@ def changes(config):
 
 
 def plain_rows():
-    """What the rows of the defenses as they stand are called, a set."""
-    return {defenses.title(name) for name in defenses.NAMES}
+    """What the rows of the defenses as they stand, and of a network without a backdoor, are called, a set."""
+    return {REFERENCE, *(defenses.title(name) for name in defenses.NAMES)}
 
 
 def data_name(config):
@@ -169,7 +171,7 @@ def arranged(records):
     """(rows {row: {column: {seed: record}}}, columns, {column: metrics before}, options that all rows share, {row: its
     options} of rows with too many options for their name; they have letters, the first are those with all of
     the paper's six attacks and most runs)."""
-    rows, columns, before = {}, columns_of(records), {}
+    rows, columns, before = {(REFERENCE, ()): {}}, columns_of(records), {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
         column, config = columns[r["inputs"]["s_model"]], options_today(r["config"])
@@ -179,6 +181,10 @@ def arranged(records):
             title = f"{defenses.title(config['first'])}, then {title}"
         rows.setdefault((title, own), {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
+        if REFERENCE in r["metrics"]:
+            as_outcome = {defenses.title(config["defense"]): r["metrics"][REFERENCE]}
+            rows[REFERENCE, ()][column] = {0: {**r, "metrics": as_outcome, "defense_seconds": {}}}
+    rows = {row: found for row, found in rows.items() if found}
     long = [row for row in rows if len(row[1]) > 2]
     long.sort(key=lambda row: (not {*SIX} <= rows[row].keys(), -sum(map(len, rows[row].values()))))
     letters = {row: f"{row[0]} [{string.ascii_lowercase[k % 26]}{k // 26 or ''}]" for k, row in enumerate(long)}
@@ -245,13 +251,14 @@ def by_option(config):
 
 def short_block(name, records):
     """Means over the paper's six attacks and the ASR of each attack, for rows with all six and three seeds or one if
-    it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR."""
+    it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR. A network
+    without a backdoor comes before all."""
     rows, columns, before, shared, long = arranged(records)
     plain = plain_rows()
-    places = {row: (min(len(found[a]) for a in SIX) < 3,
+    places = {row: (row != REFERENCE, min(len(found[a]) for a in SIX) < 3,
                     statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))
               for row, found in rows.items() if {*SIX} <= found.keys()}
-    rows = {row: rows[row] for row, (few, _) in sorted(places.items(), key=lambda pair: pair[1])
+    rows = {row: rows[row] for row, (_, few, _) in sorted(places.items(), key=lambda pair: pair[1])
             if row in plain or not few}
     return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
                       *summary(rows, list(SIX), before, usual_machine(records)), "",
@@ -280,7 +287,7 @@ def by_attack(rows, columns, before, key, title, shared, reported):
         cells = []
         for a in columns:
             runs = list(found.get(a, {}).values())
-            plain = runs and set(changes(runs[0]["config"])) <= set(shared)
+            plain = row != REFERENCE and runs and set(changes(runs[0]["config"])) <= set(shared)
             cells.append((spread([outcome(r)[key] for r in runs], 1) if runs else "")
                          + (beside(runs[0]["config"]["defense"], a) if plain else ""))
         out.append(f"| {row} | {' | '.join(cells)} |")

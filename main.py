@@ -14,6 +14,7 @@ from pathlib import Path
 
 import defenses
 from config import EraseConfig, file_name, unused, weight_root
+from leaderboard import REFERENCE
 from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, use_bf16
@@ -47,6 +48,7 @@ def main(config):
     config, content, attack = opened(config)
     if config.t_model:
         load_checkpoint(config.t_model)
+    clean_content = load_checkpoint(config.reference) if config.reference else None
     if finished(config, target):
         say(f"already finished: {target}")
         return
@@ -57,6 +59,7 @@ def main(config):
 
     subject = study(config, content, attack, device)
     model, clean, test = subject.model, subject.clean, subject.test
+    reference = subject.another(clean_content, config.reference, config.s_name) if clean_content else None
     defenses.check(model, clean, config)
     for text in notes(config, len(clean)):
         say(f"note: {text}")
@@ -97,6 +100,8 @@ def main(config):
         erased = erase(model, clean, config, journal)
         return erased, time.perf_counter() - start + journal.other - other  # of this process, if it was resumed
 
+    if reference is not None:
+        rows[REFERENCE] = measure(reference)
     seconds = {}
     model, before = timed(defenses.begin, model)
     if config.first:

@@ -11,6 +11,7 @@ from data_loader import DatasetCL, backdoor_tests, load_data
 from models import select_model
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import TensorData
+from utils.engine import clone
 from utils.run import say
 from utils.seeds import derive
 
@@ -97,6 +98,12 @@ class Subject:
     poisoned_test: TensorData  # None without one
     parts: dict
     aim: int  # the label that the attacker wants, None if it is not one
+
+    def another(self, content, path, s_name):
+        """The network in ``content``, from ``load_checkpoint(path)``, of the same architecture. ``UserError``."""
+        model = clone(self.model)
+        load_weights(model, content, path, s_name)
+        return model.eval()
 
     def about(self):
         """What a checkpoint of an erased network says about the attack."""

@@ -26,10 +26,10 @@ from defenses import linf_pruning, neural_cleanse
 from models import Features, feature_layers
 from subject import opened, study
 from utils.channels import channel_norms, last_layer
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint
 from utils.data import to_float
 from utils.devices import choose_device
-from utils.engine import TerminalProgress, clone, evaluate
+from utils.engine import TerminalProgress, evaluate
 from utils.files import read_lines
 from utils.plot import pyplot, save_figure
 from utils.run import check_writable, run_script, say
@@ -121,13 +121,11 @@ def shown_networks(subject, config):
     found = [("backdoored", subject.model)]
     for file in config.networks:
         content = load_checkpoint(file)
-        model = clone(subject.model)
-        load_weights(model, content, Path(file), config.s_name)
         stored = content.get("config") if isinstance(content.get("config"), dict) else {}
         name = stored.get("defense")
         title = defenses.title(name) if name in defenses.NAMES else Path(file).stem
         title = "fine-tuned" if content.get("stage") == "teacher" else title
-        found.append((title, model.eval()))
+        found.append((title, subject.another(content, Path(file), config.s_name)))
     return found
 
 

@@ -344,6 +344,24 @@ def test_short_leaderboard_by_hand():
     assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
 
 
+def test_a_network_without_a_backdoor_comes_first():
+    def with_reference(r, asr):
+        metrics = {"clean_acc": 82.5, "clean_acc_non_target": 82.5, "asr": asr, "ra": 70.0}
+        return {**r, "metrics": {**r["metrics"], "clean network": metrics}}
+
+    records = [line(s, 2.0, attack=a) for s in (1, 2, 3) for a in leaderboard.SIX]
+    assert "clean network" not in leaderboard.render_short(records)
+    records = [with_reference(r, 6.0) if r["config"]["seed"] == 2 else r for r in records]
+    text = leaderboard.render(records)
+    assert "|---|---|---|---|---|\n| clean network | -0.50 | 6.00 | 1 |  |\n| NAD | 2.00 | 2.00 | 3 | 30 |" in text
+    assert "| backdoored | 99.9 (95.03)" in text
+    assert "\n| clean network |" + 6 * " 6.0 |" + "\n| NAD | 2.0 (2.14) |" in text, "nobody reported it"
+    assert "|\n| clean network | -0.50 | 6.00 | 1 |  |\n| NAD" in leaderboard.render_short(records)
+    with_row = next(r for r in records if "clean network" in r["metrics"])
+    changed = {**with_row, "config": {**with_row["config"], "reference": "x.tar"}}
+    assert benchmark.key_of(changed) == benchmark.key_of(with_row), "it does not decide what the defense does"
+
+
 def test_recipes_on_fewer_attacks_have_a_table_of_their_own():
     def runs(asr, seeds, attacks, **more):
         return [line(s, asr + s, attack=attack, **more) for attack in attacks for s in seeds]

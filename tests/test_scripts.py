@@ -20,7 +20,9 @@ import strip
 import train_badnet
 import visualize
 from config import DetectConfig, EraseConfig, TrainConfig, parse
+from models import build
 from utils.channels import channel_norms
+from utils.checkpoint import save_checkpoint
 from utils.data import TensorData
 from utils.run import Journal, run_script
 
@@ -114,6 +116,20 @@ def test_main_takes_a_teacher_and_other_defenses(copied, capsys):
     assert not Path("results/main.jsonl").exists()
     assert erase("--defense", "finetune") == 0
     assert list(lines("results/main.jsonl")[0]["metrics"]) == ["backdoored", "fine-tuning"]
+
+
+def test_a_network_without_a_backdoor_is_measured_with_the_same_trigger(copied, capsys):
+    torch.manual_seed(0)
+    content = torch.load(STUDENT, weights_only=True)
+    other = build("WRN-10-1", 10)
+    save_checkpoint(Path("other.tar"), {"state_dict": other.state_dict(), "epoch": 1, "optimizer": {}})
+    args = ["--defense", "clp", "--beside", "0", "--checkpoint_root", "out"]
+    assert erase(*args, "--reference", "other.tar") == 0
+    assert "clean network" in capsys.readouterr().out
+    assert erase(*args, "--s_model", "other.tar", "--trigger_type", content["config"]["trigger_type"]) == 0
+    first, second = (r["metrics"] for r in lines("results/main.jsonl"))
+    assert list(first) == ["backdoored", "clean network", "CLP"]
+    assert first["clean network"] == second["backdoored"] != first["backdoored"]
 
 
 def test_first_another_defense(copied, capsys):
@@ -352,10 +368,13 @@ def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, ca
     (["--layers", "block9"], "--layers block9: WideResNet has no such layer"),
     (["--t_model", str(STUDENT), "--t_name", "WRN-16-1"], "it fits --t_name WRN-10-1"),
     (["--t_model", "none.tar"], "no such checkpoint: none.tar"),
+    (["--reference", "none.tar"], "no such checkpoint: none.tar"),
+    (["--reference", "wide.tar"], "wide.tar does not fit WRN-10-1"),
     (["--s_model", "cut.tar"], "cut.tar"),
 ])
 def test_main_refuses_in_one_line_and_writes_nothing(copied, capsys, argv, message):
     Path("cut.tar").write_bytes(STUDENT.read_bytes()[:5000])
+    save_checkpoint(Path("wide.tar"), {"state_dict": build("WRN-10-2", 10).state_dict(), "epoch": 1, "optimizer": {}})
     assert erase(*argv) == 2
     error = capsys.readouterr().err
     assert message in error
