@@ -75,9 +75,14 @@ def changed(config):
             if name not in left_out and config[name] != default_of(f)]
 
 
+def as_text(name, value):
+    """The option as tables show it."""
+    return f"`{name} {' '.join(value) if isinstance(value, list) else value}`"
+
+
 def changes(config):
     """``changed`` as a list of texts."""
-    return [f"`{name} {' '.join(value) if isinstance(value, list) else value}`" for name, value in changed(config)]
+    return [as_text(*pair) for pair in changed(config)]
 
 
 def plain_rows():
@@ -133,11 +138,11 @@ def draw(plt, name, records):
         panel.set_axis_off()
     for panel, column in zip(panels.flat, columns, strict=False):
         for k, (row, found) in enumerate(rows.items()):
-            runs = [outcome(r) for r in found.get(column, {}).values()]
-            if not runs or runs[0]["asr"] is None:
+            runs = list(found.get(column, {}).values())
+            if not runs or outcome(runs[0])["asr"] is None:
                 continue
-            x = [r["asr"] for r in runs]
-            y = [before[column]["clean_acc"] - r["clean_acc"] for r in runs]
+            x = [outcome(r)["asr"] for r in runs]
+            y = [lost(before[column], r) for r in runs]
             bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in (y, x)]
             panel.errorbar(statistics.mean(x), statistics.mean(y), *bars,
                            fmt="os^Dv<>P*Xph"[k % 12], color=colours(k % 10), label=row.replace("`", ""), capsize=2)
@@ -174,16 +179,15 @@ def arranged(records):
     rows, columns, before = {(REFERENCE, ()): {}}, columns_of(records), {}
     shared = [c for c in changes(records[0]["config"]) if all(c in changes(r["config"]) for r in records)]
     for r in sorted(records, key=lambda r: defenses.NAMES.index(r["config"]["defense"])):
-        column, config = columns[r["inputs"]["s_model"]], options_today(r["config"])
-        own = tuple(c for c in changes(config) if c not in shared and not c.startswith("`first "))
-        title = defenses.title(config["defense"])
-        if config["first"] and f"`first {config['first']}`" not in shared:
-            title = f"{defenses.title(config['first'])}, then {title}"
+        column = columns[r["inputs"]["s_model"]]
+        own = {name: value for name, value in changed(r["config"]) if as_text(name, value) not in shared}
+        first, plain = own.pop("first", ""), defenses.title(r["config"]["defense"])
+        title = f"{defenses.title(first)}, then {plain}" if first else plain
+        own = tuple(as_text(*pair) for pair in own.items())
         rows.setdefault((title, own), {}).setdefault(column, {})[r["config"]["seed"]] = r
         before[column] = r["metrics"].get("backdoored") or r["metrics"]["before"]
         if REFERENCE in r["metrics"]:
-            as_outcome = {defenses.title(config["defense"]): r["metrics"][REFERENCE]}
-            rows[REFERENCE, ()][column] = {0: {**r, "metrics": as_outcome, "defense_seconds": {}}}
+            rows[REFERENCE, ()][column] = {0: {**r, "metrics": {plain: r["metrics"][REFERENCE]}, "defense_seconds": {}}}
     rows = {row: found for row, found in rows.items() if found}
     long = [row for row in rows if len(row[1]) > 2]
     long.sort(key=lambda row: (not {*SIX} <= rows[row].keys(), -sum(map(len, rows[row].values()))))
@@ -236,8 +240,8 @@ def on_fewer(few, rows, columns, before, long):
             cells = []
             for a in here:
                 runs = [r for s, r in everything[row].get(a, {}).items() if s in seeds]
-                lost = [before[a]["clean_acc"] - outcome(r)["clean_acc"] for r in runs]
-                cells.append(f"{spread(lost, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}" if runs else "")
+                points = [lost(before[a], r) for r in runs]
+                cells.append(f"{spread(points, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}" if runs else "")
             label = f"{row.rpartition(' [')[0]}, {long[row]}" if row in long else row
             out.append(f"| {label} | {' | '.join(cells)} |")
         out.append("")
@@ -321,6 +325,11 @@ def outcome(record):
     return record["metrics"][defenses.title(record["config"]["defense"])]
 
 
+def lost(before, record):
+    """Points of accuracy that the defense in ``record`` cost, against the metrics ``before`` it."""
+    return before["clean_acc"] - outcome(record)["clean_acc"]
+
+
 def summary(rows, columns, before, machine):
     """Means over the attacks, those of the paper if all six are there and all of them, for rows that have the same
     seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``."""
@@ -337,10 +346,8 @@ def summary(rows, columns, before, machine):
                 continue
             seeds = set.intersection(*(set(found[a]) for a in chosen))
             if all(set(found[a]) == seeds for a in chosen):
-                lost, asr = ([statistics.mean(measure(a, found[a][s]) for a in chosen) for s in sorted(seeds)]
-                             for measure in (lambda a, r: before[a]["clean_acc"] - outcome(r)["clean_acc"],
-                                             lambda a, r: outcome(r)["asr"]))
-                cells += [spread(lost), spread(asr)]
+                cells += [spread([statistics.mean(measure(a, found[a][s]) for a in chosen) for s in sorted(seeds)])
+                          for measure in (lambda a, r: lost(before[a], r), lambda _, r: outcome(r)["asr"])]
             else:
                 cells += ["", ""]
         seconds = [s for runs in found.values() for r in runs.values()
