@@ -21,6 +21,7 @@ SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of th
 MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the others get tables of their own
 REFERENCE = "clean network"  # what main.py calls the network of --reference
 WIDE = 8  # columns of a table
+MARKS = "os^Dv<>P*Xph"  # of the rows in a figure
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
     "sage": {"BadNets": (None, 10.11), "Trojan": (None, 19.42), "WaNet": (None, 6.79)},  # its paper's
     "": {"BadNets": (91.32, 95.03), "Blend": (93.47, 99.92), "CL": (84.59, 99.92), "SIG": (84.48, 98.27),
@@ -125,9 +126,13 @@ def render_short(records):
 
 
 def draw(plt, name, records):
-    """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack."""
+    """A figure of one setting: what each defense leaves of the trigger and takes of the accuracy, a panel an attack.
+
+    Of more rows than there are marks those of ``ranked``.
+    """
     rows, columns, before, _, long = arranged(records)
     rows, _ = parted(rows, columns)
+    rows = (len(rows) > len(MARKS) and ranked(rows)) or rows
     long = {row: options for row, options in long.items() if row in rows}
     across = min(4, len(columns))
     down = -(-len(columns) // across)
@@ -145,7 +150,8 @@ def draw(plt, name, records):
             y = [lost(before[column], r) for r in runs]
             bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in (y, x)]
             panel.errorbar(statistics.mean(x), statistics.mean(y), *bars,
-                           fmt="os^Dv<>P*Xph"[k % 12], color=colours(k % 10), label=row.replace("`", ""), capsize=2)
+                           fmt=MARKS[k % len(MARKS)], label=row.replace("`", ""), capsize=2,
+                           color="black" if row == REFERENCE else colours(k % 10))
         panel.set(title=column, xlim=(-3, 103))
         panel.axhline(0, color="grey", linewidth=0.5)
     figure.supxlabel("\n".join(["ASR, percent", *(f"{row}: {options.strip('`')}" for row, options in long.items())]),
@@ -253,17 +259,22 @@ def by_option(config):
     return config["defense"], config.get("first", ""), changed(config)
 
 
-def short_block(name, records):
-    """Means over the paper's six attacks and the ASR of each attack, for rows with all six and three seeds or one if
-    it is a defense as it stands: those with three seeds first, of them those with the lowest mean ASR. A network
-    without a backdoor comes before all."""
-    rows, columns, before, shared, long = arranged(records)
+def ranked(rows):
+    """Those of ``rows`` with all six attacks of the paper and three seeds, or one if it is a defense as it stands:
+    those with three seeds first, of them those with the lowest mean ASR. A network without a backdoor comes before all.
+    """
     plain = plain_rows()
     places = {row: (row != REFERENCE, min(len(found[a]) for a in SIX) < 3,
                     statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))
               for row, found in rows.items() if {*SIX} <= found.keys()}
-    rows = {row: rows[row] for row, (_, few, _) in sorted(places.items(), key=lambda pair: pair[1])
+    return {row: rows[row] for row, (_, few, _) in sorted(places.items(), key=lambda pair: pair[1])
             if row in plain or not few}
+
+
+def short_block(name, records):
+    """Means over the paper's six attacks and the ASR of each attack, for the rows of ``ranked``."""
+    rows, columns, before, shared, long = arranged(records)
+    rows = ranked(rows)
     return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
                       *summary(rows, list(SIX), before, usual_machine(records)), "",
                       *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", measured_on(records)])

@@ -22,6 +22,7 @@ from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from utils import processes
 from utils.checkpoint import save_checkpoint
 from utils.files import append_line, locked, read_lines
+from utils.plot import pyplot
 from utils.run import run_script
 
 TINY = ["--attacks", "BadNets", "--datasets", "shapes10", "--models", "WRN-10-1", "--options", "train_size=300",
@@ -602,3 +603,18 @@ def test_the_leaderboard_as_a_picture(workplace, monkeypatch, capsys):
     with Image.open(path) as image:
         assert image.width > 600
         assert len(set(image.convert("L").tobytes())) > 50, "it is not blank"
+
+
+def test_a_picture_of_many_rows_shows_those_of_the_short_leaderboard():
+    pytest.importorskip("matplotlib")
+
+    def shown(recipes, runs):
+        figure = leaderboard.draw(pyplot(), "x", runs + [line(1, 3.0, attack=a, p=1.0 + k) for a in leaderboard.SIX
+                                                         for k in range(recipes) if k != 1])
+        pyplot().close(figure)
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    six = [line(s, 2.0, attack=a) for s in (1, 2, 3) for a in leaderboard.SIX]
+    assert len(shown(12, six)) == 12, "a mark each"
+    assert shown(13, six) == ["NAD"], "the others have one seed"
+    assert len(shown(13, six[:2])) == 13, "none has three seeds"
