@@ -21,6 +21,7 @@ from utils.files import read_lines
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED = ROOT / "results" / "published"
+ALIKE = {*NOT_IN_KEY} - {"reference"}  # options that runs in one table may differ in; a reference has a row there
 COLUMNS = ("clean_acc", "clean_acc_non_target", "asr", "ra")
 
 
@@ -37,7 +38,7 @@ def groups(records):
     """Lists of records with the same rows that differ in their seed only, in the order of their first appearance."""
     found = {}
     for r in map(settled, records):
-        key = repr([sorted((k, v) for k, v in r["config"].items() if k not in NOT_IN_KEY), r["inputs"], r["data"],
+        key = repr([sorted((k, v) for k, v in r["config"].items() if k not in ALIKE), r["inputs"], r["data"],
                     list(r["metrics"])])
         found.setdefault(key, {})[r["config"]["seed"]] = r
     return [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
@@ -57,7 +58,7 @@ def title(config):
 def repeat(runs):
     """The command that repeats ``runs``, but for its seed and the folders that it writes to."""
     config = {k: v for k, v in runs[0]["config"].items()
-              if k in EraseConfig.__dataclass_fields__ and k not in NOT_IN_KEY}
+              if k in EraseConfig.__dataclass_fields__ and k not in ALIKE}
     return " ".join(["python main.py", *command(EraseConfig(**{**config, "s_model": shown(config)})).split()[2:]])
 
 

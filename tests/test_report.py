@@ -26,6 +26,16 @@ def test_mean_and_deviation_over_seeds():
         "`python main.py --seed N`, cpu, torch 2, 1.5 minutes of training a run.")
 
 
+def test_a_reference_network_is_in_the_command():
+    runs = [record(s, 2.0, reference="a.tar") for s in (1, 2, 3)] + [record(1, 2.0, reference="b.tar"), record(2, 2.0)]
+    for r in runs[:4]:
+        r["metrics"]["clean network"] = {**r["metrics"]["NAD"], "asr": 1.0}
+    assert [len(found) for found in report.groups(runs)] == [3, 1, 1]
+    text = report.table(report.groups(runs)[0])
+    assert "| clean network | 80.00 | 81.00 | 1.00 | - |" in text
+    assert "`python main.py --reference a.tar --seed N`" in text
+
+
 def test_networks_of_the_benchmark_stand_among_the_attacks():
     def trained(trigger, acc, **more):
         metrics = {"clean_acc": acc, "asr": 99.0, "parts": {}}
