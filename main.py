@@ -94,14 +94,14 @@ def main(config):
 
     journal = EraseJournal(config, target, report)
     rows = {"backdoored" if subject.poisoned_test else "before": measure(model)}
+    if reference is not None:
+        rows[REFERENCE] = measure(reference)
 
     def timed(erase, model):
         start, other = time.perf_counter(), journal.other
         erased = erase(model, clean, config, journal)
         return erased, time.perf_counter() - start + journal.other - other  # of this process, if it was resumed
 
-    if reference is not None:
-        rows[REFERENCE] = measure(reference)
     seconds = {}
     model, before = timed(defenses.begin, model)
     if config.first:
