@@ -124,8 +124,8 @@ def what_counts(stored, files):
 
     Options that are newer than ``stored`` have their default there.
     """
-    return json.dumps([VERSION, deciding(stored), stored["seed"], {k: v for k, v in files.items() if v}],
-                      sort_keys=True)
+    decisive = {k: v for k, v in files.items() if v and k not in leaderboard.NOT_IN_KEY}
+    return json.dumps([VERSION, deciding(stored), stored["seed"], decisive], sort_keys=True)
 
 
 def deciding(stored):

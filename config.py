@@ -119,7 +119,7 @@ class AttackConfig:
 @dataclass
 class ModelConfig:
     s_name: str = option("WRN-16-1", "model", "architecture: WRN-<depth>-<width>, ResNet34 (the demo's name for a "
-                                              "32-layer CIFAR ResNet), ResNet18, or torchvision:<name>")
+                                              "32-layer CIFAR ResNet), ResNet18, AlexNet, or torchvision:<name>")
     layers: list = option([], "model", "names of the layers whose attention is distilled, shallow to deep; none: "
                                        "the model's own stages")
 
@@ -131,13 +131,15 @@ class RunConfig:
     amp: str = option("auto", "run", "bf16 = mixed precision; auto = bf16 where the hardware computes it, else off",
                       choices=("auto", "bf16", "off"))
     threads: int = option(0, "run", "CPU threads; 0: torch's choice", low=0, high=1024)
-    resume: bool = option(False, "run", "go on where the same command was interrupted")
+
+@dataclass
+class RecordConfig(RunConfig):
     save: bool = option(True, "run", "write checkpoints and the result line [demo]")
     log_root: str = option("results", "run", "folder of the result lines and curves")
 
 
 @dataclass
-class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
+class TrainConfig(DataConfig, AttackConfig, ModelConfig, RecordConfig):
     """``python train_badnet.py``: poison the training set and train a backdoored network on it."""
 
     epochs: int = option(30, "training", "epochs; the last one is saved", low=1, unit="epochs")
@@ -151,11 +153,13 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                                                     "step = divided by 10 at half and three quarters; constant",
                               choices=("linear", "cosine", "step", "constant"))
     momentum: float = option(0.9, "training", "momentum [demo]", low=0.0, high=0.999)
-    weight_decay: float = option(5e-4, "training", "weight decay", low=0.0, high=1.0)
+    weight_decay: float = option(5e-4, "training", "weight decay; muon: not of convolutions, whose norm stays", low=0.0,
+                                 high=1.0)
     augment: bool = option(True, "training", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(0, "training", "side of the square hole that cutout cuts; 0: none", low=0, unit="pixels")
     stamp: str = option("after", "training", "is the trigger stamped after or before the augmentation moves the image",
                         choices=("after", "before"))
+    resume: bool = option(False, "run", "go on where the same command was interrupted")
     compile: bool = option(False, "run", "torch.compile the network for training (a slow first step; on a GPU with "
                                          "CUDA graphs)")
     checkpoint_root: str = option("", "run", "folder of the backdoored model (default: weight/s_net, with the name of "
@@ -182,7 +186,7 @@ class SubjectConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 
 
 @dataclass
-class EraseConfig(SubjectConfig):
+class EraseConfig(SubjectConfig, RecordConfig):
     """``python main.py``: erase the backdoor of a trained network with a few clean images."""
 
     t_model: str = option("", "teacher", "checkpoint of the teacher (default: fine-tune one from the network itself)")
@@ -209,8 +213,8 @@ class EraseConfig(SubjectConfig):
     rounds: int = option(1, "nad", "rounds of NAD; from the second on the student before is the teacher [paper: 1]",
                          low=1)
     freeze_bn: bool = option(False, "erasing", "keep the statistics of BatchNorm instead of following the clean subset")
-    precise_bn: bool = option(False, "erasing", "take BatchNorm's statistics anew after each training, over the whole "
-                                                "clean subset, instead of following its last batches")
+    precise_bn: bool = option(False, "erasing", "take BatchNorm's statistics anew after each training, over one more "
+                                                "epoch's batches, instead of following the last ones")
     momentum: float = option(0.9, "erasing", "momentum, Nesterov [demo]", low=0.0, high=0.999)
     weight_decay: float = option(1e-4, "erasing", "weight decay [demo]", low=0.0, high=1.0)
     beta1: float = option(500.0, "nad", "weight of the attention loss of the first layer [demo, search]",
@@ -225,15 +229,15 @@ class EraseConfig(SubjectConfig):
     at_loss: str = option("demo", "attention", "distance of two maps: demo = mean of squares over batch and pixels; "
                                              "paper = l2 norm, mean over the batch (see at.py for the betas)",
                           choices=("demo", "paper"))
-    held_out: float = option(0.2, "pruning", "share of the clean subset that a choice is measured on [ours]", low=0.0,
+    held_out: float = option(0.2, "channels", "share of the clean subset that a choice is measured on [ours]", low=0.0,
                              high=1.0)
-    prune_layer: str = option("", "pruning", "convolution or BatchNorm whose channels are pruned (default: the "
+    prune_layer: str = option("", "channels", "convolution or BatchNorm whose channels are pruned (default: the "
                                              "last, or the columns of the classifier that read the last block)")
     prune_drop: float = option(5.0, "pruning", "pruning goes on while held-out accuracy falls by no more [SAGE's "
                                                "comparison]", low=0.0, high=100.0, unit="points")
-    linf_norm: str = option("linf", "pruning", "norm by which linf_pruning compares channels [paper: linf]",
+    linf_norm: str = option("linf", "linf pruning", "norm by which linf_pruning compares channels [paper: linf]",
                             choices=("linf", "l1", "l2"))
-    linf_drop: float = option(3.0, "pruning", "the same limit for linf_pruning [ours]", low=0.0, high=100.0,
+    linf_drop: float = option(3.0, "linf pruning", "the same limit for linf_pruning [ours]", low=0.0, high=100.0,
                               unit="points")
     clp_u: float = option(3.0, "clp", "clp prunes channels this many standard deviations above the mean [paper]",
                           low=0.0)
@@ -279,17 +283,18 @@ class EraseConfig(SubjectConfig):
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
+    resume: bool = option(False, "run", "go on where the same command was interrupted")
     beside: bool = option(True, "run", "measure fine-tuning beside the defense, on the same batches")
     reference: str = option("", "run", "checkpoint of a network without a backdoor, of the architecture --s_name, to "
                                        "measure too: its ASR is what the trigger does by itself")
-    eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves; 0: at the end only",
-                             low=0, unit="epochs")
+    eval_every: int = option(0, "run", "measure on the test set every so many epochs, for curves (mcr: the bend, anp: "
+                                       "nothing pruned yet); 0: at the end only", low=0, unit="epochs")
     checkpoint_root: str = option("", "run", "folder of the erased model (default: weight/erasing_net)")
     teacher_root: str = option("", "run", "folder of the fine-tuned teacher (default: weight/t_net)")
 
 
 @dataclass
-class DetectConfig(SubjectConfig):
+class DetectConfig(SubjectConfig, RecordConfig):
     """``python detect.py``: does a network carry a backdoor, with which label and which trigger?"""
 
     strip_inputs: int = option(500, "strip", "clean and triggered test images that STRIP looks at, each", low=2,
@@ -432,7 +437,7 @@ def read_config(path, cls, read_checkpoint):
 
 
 GROUPS = ("data", "attack", "model", "training", "erasing", "finetune", "nad",
-          "teacher", "attention", "pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
+          "teacher", "attention", "channels", "pruning", "linf pruning", "clp", "sage", "neural cleanse", "mcr", "anp",
           "ibau", "ftsam", "strip", "picture", "grid", "run")  # in the order of --help
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: "0|1", list: "NAME"}
 

@@ -42,6 +42,14 @@ def stratified(labels, counts, gen):
     return torch.cat(chosen).sort().values
 
 
+def apportioned(sizes, total):
+    """``total`` in shares like ``sizes``, int64 ``(n,)``: rounded down, the rest to the largest remainders."""
+    exact = sizes.double() * total / sizes.sum()
+    counts = exact.long()
+    counts[(counts - exact).argsort(stable=True)[:total - counts.sum()]] += 1
+    return counts
+
+
 class DatasetCL(TensorData):
     """The defender's clean subset: a share ``opt.ratio`` of the training set, all classes alike, fixed by ``opt.seed``.
 
@@ -75,13 +83,14 @@ class DatasetBD(TensorData):
 
     mode "test": the images that count for the attack success rate (whose label the attacker changes), all with the
     trigger. ``labels`` are what the attacker wants, ``true_labels`` what the images show. ``part`` is one of
-    ``attacks.parts(trigger)``: one trigger of several, or the classes that should not react.
+    ``attacks.parts(trigger)``: one trigger of several, or the classes that should not react. With ``inject_portion=0``
+    all images as they are, which is how the demo makes its clean test set.
 
     ``opt`` needs ``trigger_type, target_type, target_label, trig_w, trig_h`` and may have ``seed`` and any other
-    option of ``AttackConfig``; ``distance`` and ``device`` are taken as in the demo. Give the ``trigger`` of the
-    training set to the test set: some are learned or choose among the training images. ``n_classes``: for data that
-    does not say it by ``classes`` (default: the highest label + 1). Raises ``UserError`` for options that do not go
-    together, or not with the data.
+    option of ``AttackConfig``; ``distance`` is ``trig_distance``, ``device`` where the images go. Give the ``trigger``
+    of the training set to the test set: some are learned or choose among the training images. ``n_classes``: for data
+    that does not say it by ``classes`` (default: the highest label + 1). Raises ``UserError`` for options that do not
+    go together, or not with the data.
     """
 
     def __init__(self, opt, full_dataset, inject_portion=None, transform=None, mode="train", device=None,
@@ -98,6 +107,9 @@ class DatasetBD(TensorData):
                                 f"{getattr(trigger.opt, name)}")
         if mode not in ("train", "test"):
             raise ValueError(f"mode: train or test is allowed, got {mode!r}")
+        if mode == "test" and inject_portion not in (None, 0, 1):
+            raise UserError(f"inject_portion {inject_portion}: of a test set all images carry the trigger (1), or none "
+                            f"does (0)")
         for name, rules in (("target_label", ("all2one", "cleanLabel", "classSpecific", "multiLabel")),
                             ("source_label", ("classSpecific",))):
             if getattr(opt, name) >= full.n_classes and opt.target_type in rules:
@@ -114,6 +126,11 @@ class DatasetBD(TensorData):
                             f"(train_badnet.py); to poison with a trained one, give make_trigger its state")
         labels, everything = full.labels.cpu(), torch.arange(len(full))
         wanted = self.trigger.labels(labels, everything, full.n_classes, part)
+        if mode == "test" and inject_portion == 0:
+            super().__init__(full.images, full.labels, full.classes, transform)
+            self.true_labels, self.kind = full.labels, None
+            self.poisoned = self.cover = everything[:0]
+            return
         if mode == "test":
             self.poisoned = attacks.scored(labels, wanted, opt, part).nonzero().flatten()
             if not len(self.poisoned):
@@ -207,6 +224,8 @@ def load_data(config, train):
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
+        if not torch.bincount(data.labels, minlength=data.n_classes).all():
+            raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
         data.source = "generated"
         return resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
     if source == "image files":
@@ -214,9 +233,8 @@ def load_data(config, train):
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
     if wanted and wanted < len(data):
-        share = wanted / len(data)
-        counts = [int(share * int(n) + 0.5) for n in torch.bincount(data.labels, minlength=data.n_classes)]
-        if not all(counts):
+        counts = apportioned(torch.bincount(data.labels, minlength=data.n_classes), wanted)
+        if not counts.all():
             raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
         data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
     return data
@@ -325,7 +343,10 @@ def load_torchvision(name, root, train, size):
     """CIFAR10, CIFAR100, MNIST, GTSRB or Imagenette through torchvision, which downloads and checks the files."""
     from torchvision import datasets
 
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--data_root {root}: cannot be made: {e.strerror}") from None
     split = "train" if train else "test"
     sets = {
         "CIFAR10": lambda d: datasets.CIFAR10(root, train, download=d),

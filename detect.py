@@ -64,8 +64,9 @@ def verdict(labels, sizes):
     """In words: what the outlying ``labels``, smallest mask first, say with masks of ``sizes`` times the median's."""
     if not labels:
         return "no label stands out"
-    if sizes[0] < SMALL:
-        return f"backdoored, target label {labels[0]}"
+    small = [str(label) for label, size in zip(labels, sizes, strict=True) if size < SMALL]
+    if small:
+        return f"backdoored, target label{'s' * (len(small) > 1)} {', '.join(small)}"
     return (f"label {labels[0]} stands out, but its mask has {sizes[0]:.0%} of the median's size; clean networks too "
             f"have such labels: doubtful")
 

@@ -76,7 +76,7 @@ def main(config):
         text = f"{stage:<9} epoch {record['epoch']:2d}/{record['epochs']}  loss {record['loss']:.4f}"
         if config.eval_every and record["epoch"] % config.eval_every == 0:
             with journal.aside():
-                record.update(evaluate(model, test, subject.poisoned_test, subject.aim, amp))
+                record.update(evaluate(model, test, subject.poisoned_test, subject.aim))
             text += f"  ACC {record['clean_acc']:5.2f}"
             text += "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
         say(f"{text}  {record['seconds']:.1f} s")

@@ -55,6 +55,9 @@ def train_in(team, config):
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
     with team.in_turn():
         train, test = load_data(config, True).to(device), load_data(config, False).to(device)
+        torch.manual_seed(derive(config.seed, "weights"))
+        model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
+                             image_size=train.shape[1], normalize=config.normalize).to(device)
         poisoned_train = train
         if config.trigger_type != "none":
             start = time.perf_counter()
@@ -64,6 +67,10 @@ def train_in(team, config):
                 poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
                 about = f"{len(poisoned_train.poisoned)} poisoned"
                 about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
+                if len(poisoned_train.poisoned) == (train.labels == config.target_label).sum() \
+                        and config.target_type == "cleanLabel":
+                    say(f"note: --inject_portion {config.inject_portion}: no image of class {config.target_label} is "
+                        f"left without the trigger, and the class cannot be learnt by its looks")
             elif config.stamp == "before" or config.compile or team.world > 1:
                 raise UserError(f"--trigger_type {config.trigger_type}: its trigger is part of the training step: "
                                 f"neither --stamp before nor --compile nor torchrun goes with it")
@@ -75,9 +82,6 @@ def train_in(team, config):
             prepared = time.perf_counter() - start  # what was optimised once is in data/triggers the next time
             if prepared > 1:
                 say(f"the attack was prepared in {prepared:.1f} s")
-    torch.manual_seed(derive(config.seed, "weights"))
-    model = select_model(config.dataset, config.s_name, n_classes=train.n_classes, in_channels=train.shape[0],
-                         image_size=train.shape[1], normalize=config.normalize).to(device)
     about += f", {team.world} processes" if team.world > 1 else ""
     say(f"{config.s_name} on {config.dataset}: {len(train)} training images, {about}, {len(test)} test images, "
         f"{device}{', bf16' if amp else ''}")

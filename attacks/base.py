@@ -12,7 +12,7 @@ import torch
 
 from config import AttackConfig, UserError, convert
 from models import select_model
-from utils.checkpoint import file_hash, load_checkpoint, load_weights, weights_of
+from utils.checkpoint import architecture, file_hash, load_checkpoint, load_weights, weights_of
 from utils.engine import cross_entropy
 from utils.seeds import generator
 
@@ -148,10 +148,13 @@ class PatchTrigger(Trigger):
         self.given = state
         _, h, w = self.shape
         self.trig_w, self.trig_h = opt.trig_w, opt.trig_h
-        self.distance = self.default_distance if opt.trig_distance < 0 else opt.trig_distance
         self.mask = torch.zeros(h, w, dtype=torch.bool)
         self.pattern = torch.zeros(h, w, dtype=torch.uint8)
         self.draw(h, w)
+
+    @property
+    def distance(self):
+        return self.default_distance if self.opt.trig_distance < 0 else self.opt.trig_distance
 
     def draw(self, h, w):
         """Fill ``mask`` and ``pattern``: by default ``patch()`` at each of ``corners()``."""
@@ -190,8 +193,8 @@ def paste(images, mask, pattern, transparency=0.0):
 def checkerboard(h, w):
     """The demo's grid, uint8 ``(h, w)``: 255 where row from the bottom + column from the right is even.
 
-    The corner that faces the image is black, so that 3 x 3 gives the demo's pattern, from the bottom row upwards and
-    from the right column leftwards 255 0 255 / 0 255 0 / 255 0 0.
+    The top left pixel, which in the bottom right corner faces the image, is black, so that 3 x 3 gives the demo's
+    pattern, from the bottom row upwards and from the right column leftwards 255 0 255 / 0 255 0 / 255 0 0.
     """
     rows, cols = torch.arange(h - 1, -1, -1), torch.arange(w - 1, -1, -1)
     board = ((rows[:, None] + cols[None, :]) % 2 == 0).to(torch.uint8) * 255
@@ -214,11 +217,12 @@ def clean_network(opt, shape):
                         f"of the data at hand, from train_badnet.py --trigger_type none --checkpoint_root DIR")
     content = load_checkpoint(path)
     stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+    stored = {k: v for k, v in stored.items() if isinstance(v, str)}
     if stored.get("trigger_type", "none") != "none":
         raise UserError(f"--clean_model {path}: was trained with --trigger_type {stored['trigger_type']}: it is not "
                         f"clean")
-    name = stored.get("s_name", "WRN-16-1")
     state = weights_of(content, path)
+    name = stored.get("s_name") or (architecture(state) or [opt.s_name])[0]
     last = [v for v in state.values() if v.ndim == 2]
     model = select_model("", name, n_classes=len(last[-1]) if last else 10, in_channels=shape[0], image_size=shape[1],
                          normalize=stored.get("normalize", "none"))
@@ -313,6 +317,8 @@ def complete(opt, **changes):
         del given["trigger_type"]
     complete = AttackConfig(**given)
     complete.data = getattr(opt, "dataset", getattr(opt, "data", ""))  # to see if a clean network was trained on it
+    complete.s_name = getattr(opt, "s_name", "WRN-16-1")  # what a clean network is, if its checkpoint does not tell
+    complete.amp = getattr(opt, "amp", "auto")
     return complete
 
 

@@ -19,13 +19,12 @@ from utils.devices import use_bf16
 from utils.engine import autocast
 
 
-def pgd(model, images, label, eps, step, steps, batch_size=250):
+def pgd(model, images, label, eps, step, steps, amp=False, batch_size=250):
     """uint8 ``images`` (N, C, H, W) moved by at most ``eps`` (0..255) to where ``model`` no longer says ``label``.
 
-    Projected gradient ascent on the cross-entropy from the image itself, without a random start.
+    Projected gradient ascent on the cross-entropy from the image itself, without a random start; ``amp``: in bf16.
     """
     device, radius = images.device, float(int(eps))
-    amp = use_bf16("auto", device)
     model = model.to(device, memory_format=torch.channels_last)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -58,7 +57,8 @@ class CleanLabelTrigger(FourCornerTrigger):
             classes = model(torch.zeros(1, *self.shape)).shape[1]
         if label >= classes:
             raise UserError(f"--clean_model {opt.clean_model}: has {classes} classes, the target is class {label}")
-        key = (network, tensor_hash(images), label, opt.pgd_eps, opt.pgd_step, opt.pgd_steps)
+        amp = use_bf16(opt.amp, images.device)
+        key = (network, tensor_hash(images), label, opt.pgd_eps, opt.pgd_step, opt.pgd_steps, amp)
         made = cached("pgd", key, lambda: {"images": pgd(model, images, label, opt.pgd_eps, opt.pgd_step,
-                                                         opt.pgd_steps).cpu()})
+                                                         opt.pgd_steps, amp).cpu()})
         return made["images"].to(images.device)

@@ -139,7 +139,7 @@ class InputAwareTrigger(Trigger):
         if self.trained:
             return
         key = (self.shape, self.opt.trigger_seed, self.opt.mask_density, len(images),
-               images.sum(dtype=torch.int64).item(), MASK_STEPS, MASK_BATCH, MASK_RATE)
+               images.sum(dtype=torch.int64).item(), MASK_STEPS, MASK_BATCH, MASK_RATE, DENSITY_WEIGHT)
         state = cached("input-aware-mask", key, lambda: self.learn_mask(images))
         self.generators.where.load_state_dict(state)
 

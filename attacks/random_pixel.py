@@ -11,6 +11,8 @@ from config import UserError
 
 @register("randomPixelTrigger")
 class RandomPixelTrigger(PatchTrigger):
+    uses = ("trig_w", "trig_h", "transparency")
+
     def draw(self, h, w):
         n = self.trig_w * self.trig_h
         if n > h * w:

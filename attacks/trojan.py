@@ -23,16 +23,19 @@ NEURONS, STEPS, RATE, IMAGES, BATCH = 2, 300, 0.05, 1000, 32
 def strongest_neurons(model, count):
     """(the classifier's last linear layer, indices of the ``count`` of its inputs with the largest incoming weights).
 
-    The layer before is the last convolution with as many outputs; without one, the linear layer's own weights count.
+    The layer before is the last other linear layer with as many outputs, else the last such convolution; without one
+    (densenet121 joins several), the linear layer's own weights count.
     Raises ``UserError`` for a model without a linear layer.
     """
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not heads:
         raise UserError(f"--trigger_type trojanTrigger: {type(model).__name__} has no linear layer, whose inputs are "
                         f"the neurons to excite: take another --clean_model")
-    before = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == heads[-1].in_features]
-    before = [m for m in before if max(m.kernel_size) > 1] or before  # a 1 x 1 may be a shortcut
-    strength = before[-1].weight.abs().sum((1, 2, 3)) if before else heads[-1].weight.abs().sum(0)
+    size = heads[-1].in_features
+    linear = [m for m in heads[:-1] if m.out_features == size]
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == size]
+    before = linear or [m for m in convs if max(m.kernel_size) > 1] or convs  # a 1 x 1 may be a shortcut
+    strength = before[-1].weight.abs().flatten(1).sum(1) if before else heads[-1].weight.abs().sum(0)
     return heads[-1], strength.topk(min(count, len(strength))).indices
 
 

@@ -10,7 +10,7 @@ from utils.channels import KeptAtZero, zero_channels
 from utils.engine import clone, cross_entropy, fit
 
 TITLE = "fine-pruning"
-USES = ("pruning", "finetune")
+USES = ("pruning", "channels", "finetune")
 
 
 def erase(model, clean_data, config, progress=None):

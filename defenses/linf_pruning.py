@@ -2,11 +2,11 @@
 
     raised_c = mean over images of  ||relu(F_c(triggered x))||_inf - ||relu(F_c(x))||_inf
 
-for every channel c of the last layer. The channels that the synthetic trigger raises most are switched off, one after
-another; how many is chosen on a held-out part of the clean subset: the fewest at which the synthetic trigger's success
-is lowest while accuracy falls by no more than ``--linf_drop`` points. The real trigger is never seen. ``--linf_norm``
-l1 and l2 take the other norms for comparison. The trigger is Neural Cleanse's, of the label with the smallest mask; it
-is made with the whole clean subset, the held-out part too [ours]. Nothing is trained.
+for every channel c of the last layer. The channels that the synthetic trigger raises most are switched off, a
+sixty-fourth at a time; how many is chosen on a held-out part of the clean subset: the fewest at which the synthetic
+trigger's success is lowest while accuracy falls by no more than ``--linf_drop`` points. The real trigger is never seen.
+``--linf_norm`` l1 and l2 take the other norms for comparison. The trigger is Neural Cleanse's, of the label with the
+smallest mask; it is made with the whole clean subset, the held-out part too [ours]. Nothing is trained.
 """
 
 import torch
@@ -17,7 +17,7 @@ from utils.channels import accuracy, last_layer, pruned_gradually, split_off, ze
 from utils.engine import clone
 
 TITLE = "l-inf pruning"
-USES = ("pruning", "neural cleanse")
+USES = ("channels", "neural cleanse")
 
 
 def smallest(triggers):
@@ -28,7 +28,7 @@ def smallest(triggers):
 
 
 def sweep(model, layer, order, measure):
-    """[(number of channels switched off, *measure(network))] for 0, 1, ... of ``order``, int64 ``(channels,)``."""
+    """[(number of channels switched off, *measure(network))], a 64th of ``order``, int64 ``(channels,)``, at a time."""
     return [(k, *measure(pruned)) for k, pruned in pruned_gradually(model, layer, order)]
 
 

@@ -51,7 +51,10 @@ def at(model, bend, end, t, batches, amp=False):
 
 
 def check(model, clean_data, config):
-    """Raise ``UserError`` for an other end of the curve that has other weights."""
+    """Raise ``UserError`` for an other end of the curve that has other weights, and for frozen statistics."""
+    if config.freeze_bn:
+        raise UserError("--freeze_bn: does not go with --defense mcr: a network between two others needs statistics of "
+                        "its own")
     if config.t_model:
         other = make_teacher(model, clean_data, config)
         own, others = ({name: p.shape for name, p in m.named_parameters()} for m in (model, other))

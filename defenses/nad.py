@@ -50,7 +50,7 @@ class NADLoss:
                 self.teacher(images)
             features_s, features_t = taken_s.outputs(), taken_t.outputs()
         if not self.checked:
-            for layer, f in zip(self.layers, features_s, strict=True):
+            for layer, f in zip(self.layers + self.teacher_layers, features_s + features_t, strict=True):
                 needs_pixels(layer, f)
             self.checked = True
         loss = F.cross_entropy(logits, labels)

@@ -33,7 +33,7 @@ from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent,
 from utils.seeds import generator
 
 TITLE = "Neural Cleanse"
-USES = ("pruning", "finetune")
+USES = ("pruning", "channels", "finetune")
 
 SUCCESS, PATIENCE = 0.99, 5  # [paper's code]
 RAISE = 1.5  # [ours; paper's code: 2]
@@ -101,7 +101,7 @@ def reversed_before(model, data, config, progress=None):
     if config.save:
         digest = tensor_hash(*model.state_dict().values(), data.images)
         device = next(model.parameters()).device
-        key = (VERSION, digest, data.n_classes, config.s_name, config.normalize, str(device),
+        key = (VERSION, digest, probe(model, data.images), data.n_classes, config.s_name, config.normalize, str(device),
                use_bf16(config.amp, device), config.seed, config.nc_steps, config.nc_batch_size, config.nc_lr,
                config.nc_lambda)
         made = cached("reversed", key, search)
@@ -113,6 +113,20 @@ def reversed_before(model, data, config, progress=None):
     found = Triggers(made["labels"], *(made[name].to(there) for name in ("masks", "patterns", "success")))
     found.seconds = made["seconds"]
     return found
+
+
+@torch.no_grad()
+def probe(model, images):
+    """The logits of ``model`` for some of ``images``, in hundredths: its weights do not tell of hooks."""
+    some = to_float(images[:8]).to(next(model.parameters()))
+    return (100 * clone(model).eval()(some).float()).round().tolist()
+
+
+def judged(hits, sizes, best_norm):
+    """(which labels' masks succeeded, which of these are the smallest so far), bool ``(L,)``: ``hits`` are the shares
+    of hits, summed over the steps since the last check, ``sizes`` the masks' l1 norms, ``best_norm`` the smallest."""
+    good = hits / CHECK_EVERY >= SUCCESS
+    return good, good & (sizes < best_norm)
 
 
 def adapted(weight, above, below, good):
@@ -153,8 +167,7 @@ def reverse_some(model, data, config, labels, progress):
             with torch.no_grad():
                 hits += (logits.argmax(1) == targets).view(n, b).float().mean(1)
                 if step % CHECK_EVERY == CHECK_EVERY - 1:
-                    good = hits / CHECK_EVERY >= SUCCESS
-                    better = good & (sizes < best_norm)
+                    good, better = judged(hits, sizes, best_norm)
                     best_norm = torch.where(better, sizes, best_norm)
                     best_mask = torch.where(better[:, None, None, None], m, best_mask)
                     best_pattern = torch.where(better[:, None, None, None], d, best_pattern)

@@ -11,6 +11,7 @@ from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually
 from utils.engine import clone
 
 TITLE = "pruning"
+USES = ("channels",)
 
 
 def dormant(model, clean_data, config):

@@ -28,6 +28,8 @@ def build(name, n_classes, in_channels=3, image_size=32):
     if name == "ResNet18":
         return ResNet((2, 2, 2, 2), (64, 128, 256, 512), n_classes, in_channels)
     if name == "AlexNet":
+        if image_size < 7:
+            raise UserError(f"--s_name AlexNet: needs images of at least 7 x 7 pixels, these have {image_size}")
         return AlexNet(n_classes, in_channels)
     if name.startswith("torchvision:"):
         return build_torchvision(name.partition(":")[2], n_classes, in_channels, image_size)

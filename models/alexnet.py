@@ -9,7 +9,7 @@ from torch import nn
 
 
 class AlexNet(nn.Module):
-    """(N, C, H, W) in [0, 1] -> logits (N, n_classes); H and W at least 16."""
+    """(N, C, H, W) in [0, 1] -> logits (N, n_classes); H and W at least 7."""
 
     feature_layers = ("conv1", "conv2", "conv5")
 

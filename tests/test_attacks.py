@@ -454,6 +454,9 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
     assert seen[1] > 1.2 * seen[0], "on images that it was not made with, more than a random patch does"
     before, after = made["excitation"]
     assert after > 1.2 * before
+    fully_connected = select_model("CIFAR10", "AlexNet")
+    incoming = fully_connected.fc2.weight.abs().sum(1)
+    assert set(strongest_neurons(fully_connected, 2)[1].tolist()) == set(incoming.topk(2).indices.tolist())
     with pytest.raises(UserError, match="Conv2d has no linear layer"):
         strongest_neurons(torch.nn.Conv2d(3, 3, 3), 2)
 
@@ -502,11 +505,15 @@ def test_a_network_that_an_attack_starts_from_is_there_clean_and_of_the_same_dat
 
     poison(clean_model, dataset="CIFAR10")
     poison(clean_model)
+    content = torch.load(clean_model, weights_only=True)
+    torch.save(content["state_dict"], "plain.tar")  # its architecture, not the default, is known by its weights
+    torch.save({**content, "config": {"s_name": 3}}, "odd.tar")
+    poison("plain.tar")
+    poison("odd.tar")
     with pytest.raises(UserError, match="was trained on CIFAR10, the data here is shapes10"):
         poison(clean_model, dataset="shapes10")
     with pytest.raises(UserError, match="--clean_model none: no such file"):
         poison("none")
-    content = torch.load(clean_model, weights_only=True)
     torch.save({**content, "config": {**content["config"], "trigger_type": "gridTrigger"}}, "bad.tar")
     with pytest.raises(UserError, match=r"bad\.tar: was trained with --trigger_type gridTrigger: it is not clean"):
         poison("bad.tar")
@@ -612,6 +619,13 @@ def test_input_aware_loss_poisons_and_crosses_its_shares():
     assert not torch.allclose(own, lent, atol=1e-2)
     hit, miss = (-torch.log_softmax(torch.tensor([4.0] + [0.0] * 9), 0)[k].item() for k in (0, 1))
     assert loss.item() == pytest.approx((hit + miss) / 2, rel=1e-5), "half of the labels are the target's"
+    shifted = images.roll(1, 0)
+    with torch.no_grad():
+        far = diversity(images, shifted, pattern, joint.generators.pattern(shifted))
+    opt.diversity_weight = 2.0
+    diverse = attacks.make_trigger(opt, (3, 32, 32), trigger.state())
+    more, _ = diverse.loss(diverse.network(Look(), 10), images, labels)
+    assert (more - loss).item() == pytest.approx(2 * far.item(), rel=1e-4)
     every = attacks.make_trigger(options(trigger_type="inputAwareTrigger", inject_portion=0.5, diversity_weight=0.0,
                                          target_type="all2all"), (3, 32, 32))
     joint = every.network(Look(), 10)
@@ -805,7 +819,7 @@ def test_a_trigger_says_which_options_it_uses(name, clean_model):
     cls = attacks.TRIGGERS[name]
     opt = Watched(trigger_type=name, target_type="cleanLabel" if cls.clean_label_only else "all2one",
                   clean_model=clean_model, pgd_steps=1)
-    opt.data = "CIFAR10"
+    opt.data, opt.s_name, opt.amp = "CIFAR10", "WRN-10-1", "off"  # as ``complete`` leaves it
     trigger = cls((3, 32, 32), opt)
     images = noise(4)
     if not trigger.joint:  # which trains its generator on images first

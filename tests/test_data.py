@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 import data_loader
 import shapes10
 from config import EraseConfig, TrainConfig, UserError
-from data_loader import DatasetBD, DatasetCL, cached, load_data
-from utils.data import Augment, Batches, TensorData
+from data_loader import DatasetBD, DatasetCL, apportioned, cached, load_data
+from utils.data import Augment, Batches, TensorData, as_tensor_data, make_augment
 
 
 def toy(n=200, classes=10, shape=(3, 32, 32)):
@@ -46,6 +46,19 @@ def test_test_set_of_the_attack_has_no_image_of_the_target_class():
     everyone = DatasetBD(TrainConfig(target_type="all2all"), data, mode="test")
     assert len(everyone) == 200
     assert torch.equal(everyone.labels, (data.labels + 1) % 10)
+    assert len(DatasetBD(TrainConfig(), data, inject_portion=1, mode="test")) == 180
+
+
+def test_a_test_set_without_triggers_is_the_clean_one_as_in_the_demo():
+    data = toy()
+    clean = DatasetBD(TrainConfig(), data, inject_portion=0, mode="test")
+    assert torch.equal(clean.images, data.images)
+    assert torch.equal(clean.labels, data.labels)
+    assert torch.equal(clean[5][0], data[5][0])
+    assert len(clean.poisoned) == 0
+    with pytest.raises(UserError, match="inject_portion 0.5: of a test set all images carry the trigger"):
+        DatasetBD(TrainConfig(), data, inject_portion=0.5, mode="test")
+    assert len(DatasetBD(TrainConfig(inject_portion=0.0), data, mode="test")) == 180, "the rate of training is another"
 
 
 def test_clean_label_keeps_labels():
@@ -124,6 +137,15 @@ def test_batches_depend_on_seed_name_and_epoch_only():
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
     assert len(Batches(toy(10), 64)) == 1
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"dataset": "CIFAR10"}, (4, True, 0)), ({"dataset": "MNIST"}, (4, False, 0)),
+    ({"dataset": "GTSRB"}, (4, False, 0)), ({"cutout": 9}, (4, True, 9)),
+    ({"augment": False, "cutout": 5}, (0, False, 5)), ({"augment": False}, None)])
+def test_the_augmentation_that_a_configuration_asks_for(options, expected):
+    made = make_augment(TrainConfig(**options))
+    assert (made and (made.pad, made.flip, made.cutout)) == expected
 
 
 def test_crop_and_flip_against_a_plain_loop():
@@ -239,8 +261,33 @@ def test_more_faults_of_a_folder(tmp_path):
 
 def test_part_of_a_set_keeps_the_classes_alike(tmp_path):
     config = write_folder(tmp_path, n=10)
-    config.train_size = 6
-    assert torch.bincount(load_data(config, True).labels).tolist() == [3, 3]
+    for size, counts in ((6, [3, 3]), (7, [4, 3])):
+        config.train_size = size
+        assert torch.bincount(load_data(config, True).labels).tolist() == counts
+    config.train_size = 1
+    with pytest.raises(UserError, match="--train_size 1 leaves a class of 2 without an image"):
+        load_data(config, True)
+    with pytest.raises(UserError, match="--train_size 5 leaves a class of 10 without an image"):
+        load_data(TrainConfig(dataset="shapes10", train_size=5, data_root=str(tmp_path)), True)
+
+
+def test_shares_add_up():
+    assert apportioned(torch.tensor([50, 30, 20]), 10).tolist() == [5, 3, 2]
+    assert apportioned(torch.tensor([3, 3, 3]), 5).tolist() == [2, 2, 1]
+    assert apportioned(torch.tensor([10, 70, 20]), 9).tolist() == [1, 6, 2]
+    assert apportioned(torch.tensor([7, 1]), 8).tolist() == [7, 1]
+
+
+def test_a_data_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--data_root .*file: cannot be made: File exists"):
+        load_data(TrainConfig(data_root=str(tmp_path / "file")), True)
+
+
+def test_data_without_images_or_with_odd_labels():
+    for images, labels, words in ((torch.zeros(0, 3, 8, 8), [], "no images"), (torch.zeros(2, 3, 8, 8), [0, -1], "-1")):
+        with pytest.raises(UserError, match=words):
+            as_tensor_data((images, labels))
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):

@@ -104,6 +104,15 @@ def test_a_layer_of_one_pixel_is_refused():
     loss = NADLoss(model, ["block3"], [1.0])
     with pytest.raises(UserError, match="one pixel"):
         loss(model, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
+    deep = NADLoss(build("ResNet18", 10), ["block1"], [1.0], teacher_layers=["layer4"])
+    with pytest.raises(UserError, match="layer4.*one pixel"):
+        deep(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+
+
+def test_alexnet_says_how_large_images_must_be():
+    assert build("AlexNet", 10, 1, 7).eval()(torch.rand(1, 1, 7, 7)).shape == (1, 10)
+    with pytest.raises(UserError, match="at least 7 x 7 pixels, these have 6"):
+        build("AlexNet", 10, 1, 6)
 
 
 def test_normalize_imagenet():

@@ -24,7 +24,7 @@ from models import build
 from utils.channels import channel_norms
 from utils.checkpoint import save_checkpoint
 from utils.data import TensorData
-from utils.run import Journal, run_script
+from utils.run import Journal, finished, run_script, start_of
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
          "cpu", "--threads", "1"]
@@ -325,6 +325,39 @@ def test_main_interrupted_and_resumed_is_bit_identical(copied):
     assert len(lines("results/main.jsonl")) == 2
 
 
+def test_a_checkpoint_with_an_odd_configuration_is_not_the_run_that_resumes(tmp_path):
+    save_checkpoint(tmp_path / "a.tar", {"state_dict": {}, "config": "by hand", "inputs": {}})
+    assert not finished(EraseConfig(resume=True), tmp_path / "a.tar")
+
+
+def test_another_reference_is_another_run(tmp_path):
+    inputs = []
+    for content in (b"one", b"two"):
+        (tmp_path / "clean.tar").write_bytes(content)
+        inputs.append(start_of(EraseConfig(reference=str(tmp_path / "clean.tar"))))
+    assert inputs[0] != inputs[1]
+    assert "reference" not in start_of(EraseConfig())
+
+
+def test_training_gets_the_augmentation_and_the_place_of_the_stamp(tmp_path, monkeypatch, capsys):
+    class Seen(Exception):
+        pass
+
+    def fit(_model, _loss, batches, **_):
+        raise Seen(batches)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_badnet, "fit", fit)
+    for portion, full in ((0.1, True), (0.05, False)):
+        config = TrainConfig(dataset="shapes10", train_size=200, test_size=100, s_name="WRN-10-1", stamp="before",
+                             cutout=5, save=False, target_type="cleanLabel", inject_portion=portion)
+        with pytest.raises(Seen) as seen:
+            train_badnet.main(config)
+        batches = seen.value.args[0]
+        assert (batches.stamp, batches.augment.cutout) == ("before", 5)
+        assert ("no image of class 5 is left" in capsys.readouterr().out) is full
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--trigger_type", "grid"], "--trigger_type: one of blendTrigger, clTrigger"),
@@ -550,6 +583,7 @@ def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, monkeyp
 def test_detect_doubts_an_outlier_whose_mask_is_not_small():
     assert detect.verdict([], []) == "no label stands out"
     assert detect.verdict([5, 1], [0.11, 0.7]) == "backdoored, target label 5"
+    assert detect.verdict([5, 1, 2], [0.11, 0.12, 0.7]) == "backdoored, target labels 5, 1"
     assert "label 9 stands out" in detect.verdict([9], [0.77])
     assert "doubtful" in detect.verdict([9], [0.77])
 

@@ -110,6 +110,15 @@ def test_pruning_counts_accuracy_on_the_held_out_part(monkeypatch):
     assert all(torch.equal(part.images, held.images) for (_, part), _ in calls)
 
 
+def test_pruning_stops_at_the_floor_below_the_whole_network(monkeypatch):
+    """The accuracies of the whole network, which sets the floor, and of 1, 2, 3 pruned channels."""
+    for answers, left in (([80.0, 79.0, 76.0, 74.9], 2), ([90.0, 79.0], 0), ([80.0, 75.0, 75.0, 75.0, 60.0], 3)):
+        told = iter(answers)
+        monkeypatch.setattr(pruning, "accuracy", lambda *_, told=told: next(told))
+        assert len(pruning.dormant(network(), toy(), short(prune_drop=5.0))[1]) == left
+        assert next(told, None) is None
+
+
 @pytest.mark.parametrize(("norm", "channel"), [("linf", 2), ("l1", 5), ("l2", 9)])
 def test_linf_pruning_follows_its_norm_and_the_smallest_trigger(monkeypatch, norm, channel):
     torch.manual_seed(0)

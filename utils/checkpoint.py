@@ -125,8 +125,9 @@ def load_weights(model, content, path, model_name=""):
     state = weights_of(content, path)
     found = differences(model, state)
     if found:
+        fits = "; it fits --s_name {} with {} classes and {} channels".format(*a) if (a := architecture(state)) else ""
         raise UserError(f"{path} does not fit {model_name or type(model).__name__}: {'; '.join(found[:3])}"
-                        f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}{what_fits(state)}")
+                        f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}{fits}")
     if not all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
         raise UserError(f"{path} holds weights that are not finite")
     for key, value in model.state_dict().items():
@@ -134,8 +135,8 @@ def load_weights(model, content, path, model_name=""):
     model.load_state_dict(state)
 
 
-def what_fits(state):
-    """A text that names the architecture (and number of classes) whose weights ``state`` are, or ''."""
+def architecture(state):
+    """(the name of the architecture whose weights ``state`` are, its classes, its channels), or None."""
     from models import NAMES, build
 
     names = list(NAMES)
@@ -146,7 +147,7 @@ def what_fits(state):
     last = state.get("fc.weight")
     first = state.get("conv1.weight")
     if last is None or first is None or last.ndim != 2 or first.ndim != 4:
-        return ""
+        return None
     names += [f"torchvision:{n}" for n in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")]
     for name in dict.fromkeys(names):
         try:
@@ -155,8 +156,8 @@ def what_fits(state):
         except (UserError, RuntimeError):
             continue
         if not differences(model, state):
-            return f"; it fits --s_name {name} with {last.shape[0]} classes and {first.shape[1]} channels"
-    return ""
+            return name, last.shape[0], first.shape[1]
+    return None
 
 
 def versions():

@@ -109,6 +109,10 @@ def as_tensor_data(data, n_classes=None):
     whole = data
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a torch.utils.data.Subset
         whole = whole.dataset
+    if not len(labels):
+        raise UserError("the data set has no images")
+    if labels.min() < 0:
+        raise UserError(f"labels: classes are counted from 0, one is {labels.min()}")
     least = int(labels.max()) + 1
     if n_classes is not None and n_classes < least:
         raise UserError(f"n_classes {n_classes}: the data has labels up to {least - 1}")

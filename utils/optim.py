@@ -24,7 +24,9 @@ class Muon(torch.optim.Optimizer):
 
     A step moves a convolution's weight by ``turn`` of its norm, which is then set back to what it was at the start:
     with batch normalisation behind a convolution only the weight's direction matters, so that weight decay, which
-    works through the norm, is left to the others. ``torch.optim.Muon`` takes matrices only.
+    works through the norm, is left to the others. Where no normalisation follows (AlexNet, the last convolution of
+    Input-aware's generator) the norm stays too, and biases and linear layers set the scale. ``torch.optim.Muon`` takes
+    matrices only.
     """
 
     def __init__(self, params, lr, turn, momentum, weight_decay):

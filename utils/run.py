@@ -84,8 +84,7 @@ def start_of(config):
     files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
     if getattr(config, "trigger_type", "") in ("trojanTrigger", "clTrigger"):
         files["clean_model"] = config.clean_model
-    if getattr(config, "blend_image", ""):
-        files["blend_image"] = config.blend_image
+    files.update((name, path) for name in ("blend_image", "reference") if (path := getattr(config, name, "")))
     return {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
 
 
@@ -193,7 +192,7 @@ def finished(config, target):
         return False
     try:
         stored = load_checkpoint(target)
-        return (decisive(stored.get("config", {})) == decisive(identity(config))
+        return (isinstance(stored.get("config"), dict) and decisive(stored["config"]) == decisive(identity(config))
                 and stored.get("inputs") == start_of(config))
     except UserError:
         return False
