@@ -5,8 +5,8 @@
 
 Neural Cleanse (defenses/neural_cleanse.py) searches the smallest trigger of every label on the clean subset; STRIP
 (strip.py) looks at inputs, clean ones and, if a trigger is known, triggered ones. Writes the reversed triggers (.pt,
-and .png of the suspected label, or of the smallest) and STRIP's histogram to a folder in --out, and one line of
-results/detect.jsonl.
+and .png of the suspected label, or of the smallest, beside the real trigger where it is known) and STRIP's histogram
+to a folder in --out, and one line of results/detect.jsonl.
 """
 
 import sys
@@ -98,6 +98,7 @@ def cleanse(subject, config, folder):
     shown = suspects[0] if suspects else int(triggers.norms.argmin())
     if config.save:
         save_triggers(triggers, index, shown, folder)
+        save_examples(subject, triggers, shown, folder / "images.png")
     return {"suspects": labels, "norms": [round(v, 3) for v in triggers.norms.tolist()],
             "of_the_median": [round(v, 3) for v in sizes.tolist()],
             "anomaly_indices": [round(v, 3) for v in index.tolist()],
@@ -113,6 +114,16 @@ def save_triggers(triggers, index, shown, folder):
     save_picture(mask[0], folder / "mask.png")
     save_picture((255 * triggers.masks[shown] * triggers.patterns[shown]).round().byte(), folder / "trigger.png")
     save_picture(pattern, folder / "pattern.png")
+
+
+def save_examples(subject, triggers, shown, path, count=6):
+    """Test images in rows: clean, with the real trigger (if it is known), with the reversed one number ``shown``."""
+    test, poisoned = subject.test.images, subject.poisoned_test
+    which = torch.linspace(0, len(test if poisoned is None else poisoned) - 1, count).long()
+    there = (which if poisoned is None else poisoned.poisoned[which]).to(test.device)
+    real = [] if poisoned is None else [poisoned.images[which.to(test.device)]]
+    rows = [test[there], *real, triggers.stamp(test[there], shown)]
+    save_picture(torch.cat([torch.cat(list(row), 2) for row in rows], 1), path)
 
 
 def look_at_inputs(subject, config, folder):

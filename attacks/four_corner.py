@@ -2,7 +2,7 @@
 
 Used by the clean-label attack (Turner et al. 2019, arXiv 1912.02771), so that a crop or a flip leaves most of it in
 place. All four patches are the grid as it is: the demo and Turner et al. mirror them, so that a flip changes nothing at
-all, where here one pixel of each patch differs. With ``--stamp after``, the default, no flip follows the trigger.
+all, where here two pixels of each patch differ. With ``--stamp after``, the default, no flip follows the trigger.
 """
 
 from attacks.base import PatchTrigger, checkerboard, register

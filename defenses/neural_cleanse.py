@@ -98,7 +98,7 @@ def reversed_before(model, data, config, progress=None):
         return {**{name: getattr(found, name) for name in ("labels", "masks", "patterns", "success")},
                 "seconds": time.perf_counter() - start}
 
-    if config.save:
+    if getattr(config, "save", True):
         digest = tensor_hash(*model.state_dict().values(), data.images)
         device = next(model.parameters()).device
         key = (VERSION, digest, probe(model, data.images), data.n_classes, config.s_name, config.normalize, str(device),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, start, until
@@ -20,10 +21,12 @@ import strip
 import train_badnet
 import visualize
 from config import DetectConfig, EraseConfig, TrainConfig, parse
+from defenses import neural_cleanse
 from models import build
 from utils.channels import channel_norms
 from utils.checkpoint import save_checkpoint
 from utils.data import TensorData
+from utils.engine import evaluate
 from utils.run import Journal, finished, run_script, start_of
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
@@ -580,6 +583,19 @@ def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, monkeyp
     assert not torch.equal(lines_of["clean"], lines_of["triggered"])
 
 
+def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(copied, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(visualize, "save", lambda figure, config, name: drawn.append(figure))
+    assert picture("threshold", "--nc_steps", "10") == 0
+    subject = visualize.known_trigger(parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2"]))
+    whole = evaluate(subject.model, subject.test, subject.poisoned_test, subject.aim)
+    assert whole["clean_acc"] != whole["asr"]
+    for axis in drawn[0].axes:
+        first = {line.get_label(): line.get_ydata()[0] for line in axis.get_lines()}
+        assert first == {"ACC": whole["clean_acc"], "ASR": whole["asr"]}
+
+
 def test_detect_doubts_an_outlier_whose_mask_is_not_small():
     assert detect.verdict([], []) == "no label stands out"
     assert detect.verdict([5, 1], [0.11, 0.7]) == "backdoored, target label 5"
@@ -624,6 +640,14 @@ def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     (folder,) = Path("pictures").iterdir()
     stored = torch.load(folder / "triggers.pt", weights_only=True)
     assert stored["masks"].shape == (10, 1, 32, 32)
+    with Image.open(folder / "images.png") as rows:
+        rows = torch.from_numpy(np.array(rows.resize((6 * 32, 3 * 32), Image.Resampling.NEAREST)).transpose(2, 0, 1))
+    clean, real, reverse = (torch.stack(row.split(32, 2)) for row in rows.split(32, 1))
+    changed = (real != clean).any(1)
+    assert changed[:, 29:, 29:].flatten(1).any(1).all() and not changed[:, :29].any(), "gridTrigger"
+    shown = min(range(10), key=lambda k: stored["norms"][k])
+    found = neural_cleanse.Triggers([0], stored["masks"][[shown]], stored["patterns"][[shown]], None)
+    assert torch.equal(reverse, found.stamp(clean, 0))
     assert {p.suffix for p in folder.iterdir()} >= {".pt", ".png"}
     shutil.rmtree("pictures")
     assert run_script(detect.main, DetectConfig, [*quick, "--trigger_type", "none", "--save", "0"]) == 0
