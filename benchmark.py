@@ -66,7 +66,8 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
         "nad:first=clp,student_rho=2,teacher_rho=2,teacher_lr=0.02,lr=0.01,beta1=150,beta2=300,beta3=300",
         "sage:sage_rate=step,sage_lr=0.02", "sage:sage_rate=step,sage_lr=0.02,sage_beta=0"]}],
     "defenses": [{"attacks": [*SHIPPED], "defenses": [*defenses.NAMES], "seeds": SEEDS}],
-    "sage": [{"attacks": ["BadNets", "Trojan", "WaNet"], "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS},
+    "sage": [{"attacks": ["BadNets", "Trojan", "WaNet"], "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS,
+              "ratios": ["0.05", "0.01"]},
              {"attacks": [name for name in attacks.PRESETS
                           if name.startswith(("1 ", "3 ", "5 ", "Large", "Transparency", "Shape", "Class"))],
               "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS, "train_options": ["epochs=10"]}],
