@@ -132,6 +132,7 @@ class RunConfig:
                       choices=("auto", "bf16", "off"))
     threads: int = option(0, "run", "CPU threads; 0: torch's choice", low=0, high=1024)
 
+
 @dataclass
 class RecordConfig(RunConfig):
     save: bool = option(True, "run", "write checkpoints and the result line [demo]")
@@ -139,7 +140,12 @@ class RecordConfig(RunConfig):
 
 
 @dataclass
-class TrainConfig(DataConfig, AttackConfig, ModelConfig, RecordConfig):
+class ResumableConfig(RecordConfig):
+    resume: bool = option(False, "run", "go on where the same command was interrupted")
+
+
+@dataclass
+class TrainConfig(DataConfig, AttackConfig, ModelConfig, ResumableConfig):
     """``python train_badnet.py``: poison the training set and train a backdoored network on it."""
 
     epochs: int = option(30, "training", "epochs; the last one is saved", low=1, unit="epochs")
@@ -159,7 +165,6 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, RecordConfig):
     cutout: int = option(0, "training", "side of the square hole that cutout cuts; 0: none", low=0, unit="pixels")
     stamp: str = option("after", "training", "is the trigger stamped after or before the augmentation moves the image",
                         choices=("after", "before"))
-    resume: bool = option(False, "run", "go on where the same command was interrupted")
     compile: bool = option(False, "run", "torch.compile the network for training (a slow first step; on a GPU with "
                                          "CUDA graphs)")
     checkpoint_root: str = option("", "run", "folder of the backdoored model (default: weight/s_net, with the name of "
@@ -186,7 +191,7 @@ class SubjectConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
 
 
 @dataclass
-class EraseConfig(SubjectConfig, RecordConfig):
+class EraseConfig(SubjectConfig, ResumableConfig):
     """``python main.py``: erase the backdoor of a trained network with a few clean images."""
 
     t_model: str = option("", "teacher", "checkpoint of the teacher (default: fine-tune one from the network itself)")
@@ -283,7 +288,6 @@ class EraseConfig(SubjectConfig, RecordConfig):
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
-    resume: bool = option(False, "run", "go on where the same command was interrupted")
     beside: bool = option(True, "run", "measure fine-tuning beside the defense, on the same batches")
     reference: str = option("", "run", "checkpoint of a network without a backdoor, of the architecture --s_name, to "
                                        "measure too: its ASR is what the trigger does by itself")

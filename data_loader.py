@@ -224,19 +224,17 @@ def load_data(config, train):
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
                                 lambda: shapes10.generate(size, seed=0 if train else 1))
         data = tensor_data(images, labels, shapes10.CLASSES)
-        if not torch.bincount(data.labels, minlength=data.n_classes).all():
-            raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
         data.source = "generated"
-        return resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
-    if source == "image files":
+        data = resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
+    elif source == "image files":
         data = load_folder(root, split, config.image_size or 32, name)
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
     if wanted and wanted < len(data):
         counts = apportioned(torch.bincount(data.labels, minlength=data.n_classes), wanted)
-        if not counts.all():
-            raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
         data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
+    if wanted and not torch.bincount(data.labels, minlength=data.n_classes).all():
+        raise UserError(f"--{split}_size {wanted} leaves a class of {data.n_classes} without an image")
     return data
 
 

@@ -118,11 +118,8 @@ def save_triggers(triggers, index, shown, folder):
 
 def save_examples(subject, triggers, shown, path, count=6):
     """Test images in rows: clean, with the real trigger (if it is known), with the reversed one number ``shown``."""
-    test, poisoned = subject.test.images, subject.poisoned_test
-    which = torch.linspace(0, len(test if poisoned is None else poisoned) - 1, count).long()
-    there = (which if poisoned is None else poisoned.poisoned[which]).to(test.device)
-    real = [] if poisoned is None else [poisoned.images[which.to(test.device)]]
-    rows = [test[there], *real, triggers.stamp(test[there], shown)]
+    clean, real = subject.examples(count)
+    rows = [clean, *([] if real is None else [real]), triggers.stamp(clean, shown)]
     save_picture(torch.cat([torch.cat(list(row), 2) for row in rows], 1), path)
 
 

@@ -68,15 +68,14 @@ def main(config):
 
     about = subject.about()
 
-    def measure(model):
+    def measure(model, parts=subject.parts):
         with journal.aside():
-            return evaluate(model, test, subject.poisoned_test, subject.aim, parts=subject.parts)
+            return evaluate(model, test, subject.poisoned_test, subject.aim, parts=parts)
 
     def report(stage, model, record):
         text = f"{stage:<9} epoch {record['epoch']:2d}/{record['epochs']}  loss {record['loss']:.4f}"
         if config.eval_every and record["epoch"] % config.eval_every == 0:
-            with journal.aside():
-                record.update(evaluate(model, test, subject.poisoned_test, subject.aim))
+            record.update(measure(model, parts=None))
             text += f"  ACC {record['clean_acc']:5.2f}"
             text += "" if record["asr"] is None else f"  ASR {record['asr']:6.2f}"
         say(f"{text}  {record['seconds']:.1f} s")

@@ -105,6 +105,18 @@ class Subject:
         load_weights(model, content, path, s_name)
         return model.eval()
 
+    def examples(self, n):
+        """(clean, triggered), uint8 ``(n, C, H, W)``: test images that the trigger changes, one class after another;
+        without a trigger any test images, and None."""
+        triggered, there, labels = self.poisoned_test, torch.arange(len(self.test)), self.test.labels.cpu()
+        if triggered is not None:
+            there, labels = triggered.poisoned, triggered.true_labels.cpu()
+        number = torch.zeros_like(labels)  # of an image in its class
+        for c in labels.unique():
+            number[labels == c] = torch.arange(int((labels == c).sum()))
+        order = (number * (labels.max() + 1) + labels).argsort()[:n]
+        return self.test.images[there[order]], None if triggered is None else triggered.images[order]
+
     def about(self):
         """What a checkpoint of an erased network says about the attack."""
         return {"attack": {name: getattr(self.attack, name) for name in OF_THE_ATTACK},

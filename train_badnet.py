@@ -67,8 +67,8 @@ def train_in(team, config):
                 poisoned_train = DatasetBD(config, train, mode="train", trigger=trigger)
                 about = f"{len(poisoned_train.poisoned)} poisoned"
                 about += f", {len(poisoned_train.cover)} cover" if len(poisoned_train.cover) else ""
-                if len(poisoned_train.poisoned) == (train.labels == config.target_label).sum() \
-                        and config.target_type == "cleanLabel":
+                of_target = int((train.labels == config.target_label).sum())
+                if config.target_type == "cleanLabel" and len(poisoned_train.poisoned) == of_target:
                     say(f"note: --inject_portion {config.inject_portion}: no image of class {config.target_label} is "
                         f"left without the trigger, and the class cannot be learnt by its looks")
             elif config.stamp == "before" or config.compile or team.world > 1:

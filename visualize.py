@@ -106,16 +106,6 @@ def known_trigger(config):
     return subject
 
 
-def examples(subject, n):
-    """(clean, triggered) uint8 ``(n, C, H, W)``: test images that the trigger changes, one class after another."""
-    there, labels = subject.poisoned_test.poisoned, subject.poisoned_test.true_labels.cpu()
-    number = torch.zeros_like(labels)  # of an image in its class
-    for c in labels.unique():
-        number[labels == c] = torch.arange(int((labels == c).sum()))
-    order = (number * (labels.max() + 1) + labels).argsort()[:n]
-    return subject.test.images[there[order]], subject.poisoned_test.images[order]
-
-
 def shown_networks(subject, config):
     """[(title, network)]: the one under study, and those in ``--networks``."""
     found = [("backdoored", subject.model)]
@@ -144,7 +134,7 @@ def heat(axis, image, value):
 def grid(config, subject, titles, draw, name, title):
     """A figure with two rows an example, clean and triggered; ``draw(axes, image)`` fills a row but for its first."""
     plt = pyplot()
-    clean, stamped = examples(subject, config.images)
+    clean, stamped = subject.examples(config.images)
     figure, axes = plt.subplots(2 * len(clean), 1 + len(titles), squeeze=False, layout="constrained",
                                 figsize=(1.35 * (1 + len(titles)), 1.4 * 2 * len(clean) + 0.5))
     for k, row in enumerate(axes):
