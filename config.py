@@ -314,7 +314,7 @@ class BenchmarkConfig:
     """``python benchmark.py``: the grid attack x defense x seed; every cell is a run of train_badnet.py or main.py."""
 
     preset: str = option("", "grid", "a grid of the papers; the lists below replace its parts",
-                         choices=("", "smoke", "six", "defenses", "nad-table1", "sage", "linf", "ablations"))
+                         choices=("", "smoke", "six", "recipes", "defenses", "nad-table1", "sage", "linf", "ablations"))
     attacks: list = option([], "grid", "attacks by name, such as BadNets SIG 'Blend:blend_alpha=0.1'")
     defenses: list = option([], "grid", "defenses, such as finetune 'nad:beta1=0,beta2=0'")
     seeds: list = option([], "grid", "seeds of the clean subset and of erasing; the network is the same for all")

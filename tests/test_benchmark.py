@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,11 @@ def test_presets_have_their_cells(preset, count, monkeypatch):
     cells = [c for grid in benchmark.PRESETS[preset] for c in benchmark.cells_of(grid, Path("out"))]
     assert len({c.key() for c in cells}) == len(cells)
     assert sum(1 for c in cells if c.defense) == count
+
+
+def test_every_preset_can_be_chosen():
+    choices = {f.name: f.metadata["choices"] for f in fields(BenchmarkConfig)}["preset"]
+    assert set(choices) == {"", *benchmark.PRESETS}
 
 
 def test_axes_of_a_grid():
