@@ -35,7 +35,7 @@ import defenses
 import leaderboard
 import main as erasing
 import train_badnet as training
-from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, student_file
+from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, kept, student_file
 from data_loader import source_of
 from leaderboard import MAIN, SIX
 from subject import stored_options
@@ -201,7 +201,7 @@ def cells_of(grid, out):
                                     f"measure")
                 number = convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ")
                 erased.append(Cell(attack, defense, EraseConfig(**{
-                    **options, "defense": chosen, "seed": number, "s_model": str(path),
+                    **kept(options, options), "defense": chosen, "seed": number, "s_model": str(path),
                     "reflection_root": network.config.reflection_root, "blend_image": network.config.blend_image,
                     "beside": False})))
     return trained + erased

@@ -179,6 +179,8 @@ class SubjectConfig(DataConfig, AttackConfig, ModelConfig, RunConfig):
                                                  "checkpoint was trained with (flags of this group win over its "
                                                  "settings), gridTrigger if it does not say; none: no trigger is "
                                                  "known, only accuracy is measured")
+    keep: list = option([], "attack", "options of this group whose default counts, not what the checkpoint says; a "
+                                      "flag that is given need not be named")
     s_model: str = option("", "model", "checkpoint of the network to erase (default: what train_badnet.py wrote, or "
                                        "the shipped one)")
     ratio: float = option(0.05, "model", "share of the training set that is the defender's clean subset [paper]",
@@ -210,7 +212,7 @@ class EraseConfig(SubjectConfig, ResumableConfig):
                                  unit="epochs")
     teacher_lr: float = option(0.03, "nad", "learning rate of the teacher's fine-tuning [search; paper: 0.1]",
                                low=0.0)
-    teacher_lr_schedule: str = option("demo", "nad", "schedule of the teacher's learning rate",
+    teacher_lr_schedule: str = option("demo", "nad", "schedule of the teacher's learning rate [search; paper: tenths]",
                                       choices=("demo", "tenths", "linear", "cosine", "constant"))
     teacher_rho: float = option(0.0, "nad", "radius of sharpness-aware minimisation in the teacher's fine-tuning, "
                                                 "which makes it FT-SAM [2 in BackdoorBench]; 0: plain [paper]", low=0.0)
@@ -265,7 +267,8 @@ class EraseConfig(SubjectConfig, ResumableConfig):
     mcr_t: float = option(0.3, "mcr", "place on the curve; 0 is the network itself, 1 its fine-tuned version", low=0.0,
                           high=1.0)
     mcr_epochs: int = option(10, "mcr", "epochs in which the curve is trained, at --ft_lr [ours]", low=1, unit="epochs")
-    anp_steps: int = option(2000, "anp", "steps in which the masks are trained [paper]", low=1)
+    anp_steps: int = option(2000, "anp", "steps in which the masks are trained, rounded up to whole epochs [paper]",
+                            low=1)
     anp_batch_size: int = option(128, "anp", "batch size [paper]", low=2, unit="images")
     anp_lr: float = option(0.2, "anp", "learning rate of the masks [paper]", low=0.0)
     anp_eps: float = option(0.4, "anp", "bound of the disturbance, relative [paper]", low=0.0)
@@ -390,12 +393,13 @@ def convert(f, value, source):
             if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
                 raise ValueError
             value = kind(value)
+            finite = math.isfinite(value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: {what} is needed, got {value!r}") from None
         low, high = meta["low"], meta["high"]
         if low == -1 and -1 < value < 0:
             raise UserError(f"{name}: -1 or {what} of at least 0 is allowed, got {value}")
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        if not finite or (low is not None and value < low) or (high is not None and value > high):
             limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
             raise UserError(f"{name}: {what} {limits} is allowed, got {value}")
     if meta["choices"] and value not in meta["choices"]:
@@ -481,12 +485,18 @@ def parse(cls, argv=None, read_checkpoint=None):
             if name not in by_name:
                 raise UserError(f"--config: {path} sets {name!r}, which {cls.__name__} does not have")
             values[name] = convert(by_name[name], value, f"--config {path}: ")
-    said = {name for name, value in values.items() if value != vars(cls())[name]}
     for name, value in given.items():
         values[name] = convert(by_name[name], value, "--")
-    config = check(cls(**values))
-    config.said = said | set(given)  # the options that the user decided on, also where he said what is the default
-    return config
+    return check(cls(**kept(values, given) if "keep" in by_name else values))
+
+
+def kept(values, given):
+    """``values``, options of a ``SubjectConfig``, a dict, with those of ``given`` in ``keep`` that are the attack's
+    defaults: where the checkpoint says what the attack is, these would be taken from there."""
+    stay = {f.name for f in fields(AttackConfig) if f.name in given and values[f.name] == f.default}
+    if values.get("trigger_type", "auto") != "auto" or not stay:
+        return values
+    return {**values, "keep": sorted({*values.get("keep", []), *stay})}
 
 
 def check(config):
@@ -534,9 +544,9 @@ def student_file(config, given=""):
 
 def command(config):
     """The command line that repeats this run: the script and the flags that differ from the defaults."""
-    words, said = [sys.argv[0]], getattr(config, "said", ())
+    words = [sys.argv[0]]
     for f in fields(config):
         value = getattr(config, f.name)
-        if (value != default_of(f) or f.name in said) and f.name != "resume":
+        if value != default_of(f) and f.name != "resume":
             words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
     return shlex.join(["python", *words])

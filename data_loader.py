@@ -230,6 +230,8 @@ def load_data(config, train):
         data = load_folder(root, split, config.image_size or 32, name)
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
+    if wanted > len(data):
+        tqdm.write(f"note: --{split}_size {wanted}: {name} has {len(data)} of them")
     if wanted and wanted < len(data):
         counts = apportioned(torch.bincount(data.labels, minlength=data.n_classes), wanted)
         data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))
@@ -252,9 +254,11 @@ def tensor_data(images, labels, classes):
 
 def resized(data, size):
     """``data`` at ``size`` x ``size`` pixels (bilinear, antialiased)."""
-    images = F.interpolate(data.images.float(), (size, size), mode="bilinear", antialias=True)
     other = copy.copy(data)
-    other.images = images.round().clamp(0, 255).to(torch.uint8)
+    other.images = torch.empty(*data.images.shape[:2], size, size, dtype=torch.uint8)
+    for part, out in zip(data.images.split(1000), other.images.split(1000), strict=True):  # for the memory
+        part = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        out.copy_(part.round_().clamp_(0, 255))
     return other
 
 

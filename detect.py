@@ -153,6 +153,8 @@ def look_at_inputs(subject, config, folder):
 
 def main(config):
     """Look at the network that ``config`` (``DetectConfig``) names."""
+    if config.layers:
+        raise UserError("--layers: is for erasing and pictures; nothing is read between the layers here")
     device = choose_device(config.device)
     config, content, attack = opened(config)
     path = Path(config.s_model)
@@ -161,6 +163,8 @@ def main(config):
         check_writable(folder, "out")
         check_writable(Path(config.log_root), "log_root")
     subject = study(config, content, attack, device)
+    if len(subject.clean) < 2:
+        raise UserError("the clean subset is one image; STRIP's threshold needs at least two")
     say(f"{path}: {config.s_name} on {config.dataset}, {len(subject.clean)} clean images, {device}")
     result = {"neural_cleanse": cleanse(subject, config, folder), "strip": look_at_inputs(subject, config, folder)}
     if config.save:

@@ -10,10 +10,13 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import defenses
-from config import EraseConfig, file_name, unused, weight_root
+from attacks import must_be_clean
+from config import EraseConfig, default_of, file_name, unused, weight_root
+from defenses.finetune import TRAINING
 from leaderboard import REFERENCE
 from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, versions
@@ -22,16 +25,37 @@ from utils.engine import evaluate
 from utils.run import Journal, check_writable, finished, identity, run_script, say, table
 
 
-def notes(config, n):
-    """What the user of ``config`` with ``n`` clean images should know before anything is trained: lines of text."""
-    found = [f"--{name} is not used by --defense {config.defense}"
-             for name in unused(config, defenses.without_unused)]
+def idle(config):
+    """{option that the defense reads: why it does nothing here}."""
+    teacher = ("teacher_epochs", "teacher_lr", "teacher_lr_schedule", "teacher_rho")
+    cases = [(config.t_model, teacher, "with --t_model"),
+             (config.sage_betas, ("sage_beta",), "beside --sage_betas"),
+             (config.sage_rate != "dynamic", ("sage_interval", "sage_rho"), f"with --sage_rate {config.sage_rate}"),
+             (config.nc_mitigation == "unlearn" and config.defense == "neural_cleanse",
+              ("held_out", "prune_layer", "prune_drop"), "with --nc_mitigation unlearn")]
+    read = defenses.reads(config.defense)
+    return {name: why for holds, names, why in cases if holds for name in names if name in read}
+
+
+def notes(config, n, side):
+    """What the user of ``config`` with ``n`` clean images, ``side`` pixels high or wide, should know before anything is
+    trained: lines of text."""
+    given = {f.name for f in fields(config) if getattr(config, f.name) != default_of(f)}
+    unread = unused(config, defenses.without_unused)
+    found = [f"--{name} is not used by --defense {config.defense}" for name in unread]
+    found += [f"--{name} is for the fine-tuning beside, --defense {config.defense} does not use it"
+              for name in sorted(given.intersection(TRAINING).difference(unread) - defenses.reads(config.defense))]
+    found += [f"--{name} does nothing {why}" for name, why in idle(config).items() if name in given]
+    if config.defense == "nad" and config.at_loss == "paper" and not given & {"beta1", "beta2", "beta3"}:
+        found.append("--at_loss paper: the betas are meant for the other form; 0.5, 4 and 16 weigh about the same")
+    if config.cutout > side / 2 and "cutout" in defenses.reads(config.defense):
+        found.append(f"--cutout {config.cutout}: hides a large part of images of {side} pixels; 0 turns it off")
     if config.defense == "nad" and config.beside and config.lr != config.ft_lr:
         found.append(f"the fine-tuning beside it has another learning rate, --ft_lr {config.ft_lr:g}")
     own = f"{config.defense}_batch_size"
     name = own if hasattr(config, own) else "batch_size"
     size = getattr(config, name)
-    if n < size:
+    if n < size and (config.beside or name in defenses.reads(config.defense)):
         found.append(f"{n} clean images are fewer than --{name} {size}: an epoch of training is one step on all of "
                      f"them")
     return found
@@ -49,6 +73,8 @@ def main(config):
     if config.t_model:
         load_checkpoint(config.t_model)
     clean_content = load_checkpoint(config.reference) if config.reference else None
+    if clean_content:
+        must_be_clean(clean_content, f"--reference {config.reference}")
     if finished(config, target):
         say(f"already finished: {target}")
         return
@@ -61,7 +87,7 @@ def main(config):
     model, clean, test = subject.model, subject.clean, subject.test
     reference = subject.another(clean_content, config.reference, config.s_name) if clean_content else None
     defenses.check(model, clean, config)
-    for text in notes(config, len(clean)):
+    for text in notes(config, len(clean), min(clean.shape[1:])):
         say(f"note: {text}")
     say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
@@ -87,7 +113,8 @@ def main(config):
                 if config.save:
                     save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "stage": "teacher",
                                                    "epoch": config.teacher_epochs,
-                                                   "optimizer": {}, **rows["teacher"], **about,
+                                                   "optimizer": self.optimizer(stage), **rows["teacher"],
+                                                   **about,
                                                    "config": identity(config), "versions": versions()})
                     say(f"saved: {teacher_file}")
 
@@ -110,8 +137,9 @@ def main(config):
         seconds[defenses.title(kind)] = round(before + spent, 2)
         rows[defenses.title(kind)] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
-    journal.finish({"state_dict": erased.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
-                    **about}, rows, "main.jsonl", subject.source, attack=about["attack"], defense_seconds=seconds)
+    content = {"state_dict": erased.state_dict(), "epoch": config.epochs,
+               "optimizer": journal.optimizer(config.defense), **metrics, **about}
+    journal.finish(content, rows, "main.jsonl", subject.source, attack=about["attack"], defense_seconds=seconds)
 
 
 if __name__ == "__main__":

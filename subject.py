@@ -48,8 +48,11 @@ def with_attack(config, stored):
     """
     if config.trigger_type != "auto":
         return config
-    changed = {f.name for f in fields(AttackConfig) if getattr(config, f.name) != f.default}
-    keep = getattr(config, "said", changed) - {"trigger_type"} | set(FILES)
+    unknown = set(config.keep) - set(OF_THE_ATTACK)
+    if unknown:
+        raise UserError(f"--keep {min(unknown)}: names of options of the attack are needed")
+    keep = {f.name for f in fields(AttackConfig) if getattr(config, f.name) != f.default}.union(config.keep, FILES)
+    keep -= {"trigger_type"}
     values = {"trigger_type": "gridTrigger"}
     for f in fields(AttackConfig):
         if f.name in stored and f.name not in keep:
@@ -127,8 +130,7 @@ def opened(config):
     """(``config`` with its checkpoint's path as ``s_model``, what the checkpoint holds, the attack to measure with)."""
     path = student_path(config)
     content = load_checkpoint(path)
-    attack = with_attack(config, stored_options(content))  # before ``replace``, which forgets what the user said
-    return replace(config, s_model=str(path)), content, attack
+    return replace(config, s_model=str(path)), content, with_attack(config, stored_options(content))
 
 
 def study(config, content, attack, device):

@@ -50,6 +50,8 @@ def train_in(team, config):
         check_writable(target.parent, "checkpoint_root")
         check_writable(Path(config.log_root), "log_root")
 
+    if config.optimizer != "muon" and config.turn != TrainConfig.turn:
+        say(f"note: --turn is not used by --optimizer {config.optimizer}")
     for name in unused(config, attacks.without_unused):
         say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}")
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
@@ -110,9 +112,10 @@ def train_in(team, config):
     metrics = evaluate(model, test, poisoned_test, aim, parts=parts)
     poisons = trigger is not None and config.inject_portion > 0
     say("\n" + table({"backdoored" if poisons else "clean": metrics}) + "\n")
-    journal.finish({"state_dict": model.state_dict(), "epoch": config.epochs, "optimizer": {}, **metrics,
-                    "trigger": trigger.state() if trigger else {}}, metrics, "train_badnet.jsonl", train.source,
-                   processes=team.world, prepare_seconds=round(prepared, 2))
+    content = {"state_dict": model.state_dict(), "epoch": config.epochs,
+               "optimizer": journal.optimizer("train_badnet"), **metrics, "trigger": trigger.state() if trigger else {}}
+    journal.finish(content, metrics, "train_badnet.jsonl", train.source, processes=team.world,
+                   prepare_seconds=round(prepared, 2))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from attacks.base import (
     choose_poisoned,
     complete,
     make_trigger,
+    must_be_clean,
     parts,
     poisoned_labels,
     scored,
@@ -71,5 +72,5 @@ def preset_name(options):
     return next((name for name, given in PRESETS.items() if what_counts(given) == wanted), "")
 
 
-__all__ = ["EVERY", "PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger", "parts",
-           "poisoned_labels", "preset_name", "scored", "without_unused"]
+__all__ = ["EVERY", "PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger",
+           "must_be_clean", "parts", "poisoned_labels", "preset_name", "scored", "without_unused"]

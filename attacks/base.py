@@ -118,7 +118,7 @@ def positions(images, indices):
     """``indices``, or 0 to N - 1, on the device of ``images``."""
     if indices is None:
         return torch.arange(len(images), device=images.device)
-    return indices.to(images.device)
+    return indices.to(images.device, non_blocking=True)
 
 
 def to_uint8(x):
@@ -206,6 +206,15 @@ def checkerboard(h, w):
 # ------------------------------------------------------------------------------------------------------- clean network
 
 
+def must_be_clean(content, where):
+    """Raise ``UserError``, beginning with ``where``, if the checkpoint ``content`` says that it is of a backdoored
+    network."""
+    stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+    found = stored.get("trigger_type", "none")
+    if found != "none":
+        raise UserError(f"{where}: was trained with --trigger_type {found}: it is not clean")
+
+
 def clean_network(opt, shape):
     """The clean network whose weaknesses an attack uses, from ``--clean_model``: (model in eval mode, its file's hash).
 
@@ -218,18 +227,16 @@ def clean_network(opt, shape):
     content = load_checkpoint(path)
     stored = content.get("config") if isinstance(content.get("config"), dict) else {}
     stored = {k: v for k, v in stored.items() if isinstance(v, str)}
-    if stored.get("trigger_type", "none") != "none":
-        raise UserError(f"--clean_model {path}: was trained with --trigger_type {stored['trigger_type']}: it is not "
-                        f"clean")
+    must_be_clean(content, f"--clean_model {path}")
+    if opt.data and stored.get("dataset", opt.data) != opt.data:
+        raise UserError(f"--clean_model {path}: was trained on {stored['dataset']}, the data here is {opt.data}: train "
+                        f"one with train_badnet.py --trigger_type none --dataset {opt.data} --checkpoint_root DIR")
     state = weights_of(content, path)
     name = stored.get("s_name") or (architecture(state) or [opt.s_name])[0]
     last = [v for v in state.values() if v.ndim == 2]
     model = select_model("", name, n_classes=len(last[-1]) if last else 10, in_channels=shape[0], image_size=shape[1],
                          normalize=stored.get("normalize", "none"))
     load_weights(model, content, path, name)
-    if stored.get("dataset", opt.data) != opt.data and opt.data:
-        raise UserError(f"--clean_model {path}: was trained on {stored['dataset']}, the data here is {opt.data}: train "
-                        f"one with train_badnet.py --trigger_type none --dataset {opt.data} --checkpoint_root DIR")
     return model.eval(), file_hash(path)
 
 

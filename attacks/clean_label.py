@@ -1,7 +1,7 @@
 """CL, clean-label (Turner et al. 2019, arXiv 1912.02771): perturbed images of the target class, and four corners.
 
 The images of the target class are first made hard to recognise by l-inf PGD against ``--clean_model`` (eps 16, step 2
-of 255, 100 steps [METHODS.md]), which raises the loss of their own class; then the four-corner checkerboard is the easy
+of 255, 100 steps), which raises the loss of their own class; then the four-corner checkerboard is the easy
 thing to learn. No label is changed. Needs ``--target_type cleanLabel``; 80% of the target class is
 ``--inject_portion 0.08`` for ten equal classes.
 """

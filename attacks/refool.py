@@ -86,6 +86,9 @@ class RefoolTrigger(Trigger):
     def __init__(self, shape, opt, state=None):
         super().__init__(shape, opt)
         self.bank, self.given = None, state
+        if opt.n_reflections > opt.n_candidates:
+            raise UserError(f"--n_reflections {opt.n_reflections}: they are chosen among --n_candidates "
+                            f"{opt.n_candidates}, which are fewer")
         gen = draw(opt, self.name)
         if opt.reflection_root:
             self.build(read_photos(opt.reflection_root, self.shape, opt.n_candidates, gen), gen)

@@ -48,4 +48,5 @@ class WaNetTrigger(Trigger):
     def cover(self, images, indices, gen):
         _, h, w = self.shape
         noise = (torch.rand(len(images), h, w, 2, generator=gen) * 2 - 1) / torch.tensor([w, h])
-        return self.warp(images, (self.grid.to(images.device) + noise.to(images.device)).clamp(-1, 1))
+        noise = noise.to(images.device, non_blocking=True)
+        return self.warp(images, (self.grid.to(images.device) + noise).clamp(-1, 1))

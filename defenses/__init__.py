@@ -5,7 +5,8 @@
 A defense is a module with ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given
 stays bit-identical. It sees the clean subset only, never the trigger and never the test set. ``check(model, clean_data,
 config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``TITLE`` is its name in
-tables; ``USES`` are groups of options that it reads beside those that carry its name.
+tables; ``USES`` are groups of options that it reads beside "erasing" and the one that carries its name, ``IGNORES``
+options of these that it does not read.
 """
 
 import importlib
@@ -59,11 +60,16 @@ def title(name):
     return getattr(get(name), "TITLE", name.upper())
 
 
+def reads(name):
+    """The names of the options of ``EraseConfig`` that the defense ``name`` reads, of those that are for defenses."""
+    module = get(name)
+    groups = {"erasing", name.replace("_", " "), *getattr(module, "USES", ())}
+    return {f.name for f in fields(EraseConfig) if f.metadata["group"] in groups} - set(getattr(module, "IGNORES", ()))
+
+
 def without_unused(options):
     """The options of ``EraseConfig``, a dict, with those of defenses at their defaults that do not run: other ones than
     ``options["defense"]``, ``options["first"]`` and, if that is measured beside, fine-tuning."""
-    uses = {n: {n.replace("_", " "), *getattr(get(n), "USES", ())} for n in NAMES}
-    own = set().union(*(uses[n] for n in (options["defense"], options["first"], options["beside"] and "finetune") if n))
-    others = set().union(*uses.values()) - own
-    unused = {f.name: default_of(f) for f in fields(EraseConfig) if f.metadata["group"] in others}
-    return {**options, **unused}
+    running = filter(None, (options["defense"], options["first"], options["beside"] and "finetune"))
+    others = set().union(*map(reads, NAMES)).difference(*map(reads, running))
+    return {**options, **{f.name: default_of(f) for f in fields(EraseConfig) if f.name in others}}

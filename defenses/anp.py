@@ -19,6 +19,8 @@ from utils.data import Batches, make_augment
 from utils.devices import use_bf16
 from utils.engine import clone, fit
 
+IGNORES = ("epochs", "batch_size", "lr_schedule", "precise_bn", "momentum", "weight_decay")
+
 
 def norms(model):
     """The names of the BatchNorm layers of ``model`` with scale and shift. Raises ``UserError`` if there are none."""

@@ -11,9 +11,12 @@ without scale or statistics, count alone.
 import torch
 from torch import nn
 
+from defenses.finetune import TRAINING
 from utils.channels import zero_channels
 from utils.data import to_float
 from utils.engine import clone
+
+IGNORES = TRAINING
 
 
 def pairs(model, images):

@@ -25,6 +25,7 @@ from utils.engine import Progress, clone
 from utils.seeds import generator
 
 TITLE = "I-BAU"
+IGNORES = ("epochs", "batch_size", "lr_schedule", "freeze_bn", "precise_bn", "momentum", "weight_decay")
 
 
 def inner(model, images, labels, d, penalty):
@@ -51,7 +52,8 @@ def hypergradient(model, images, labels, d, config):
     perturbation ``d``."""
     weights = list(model.parameters())
     d = d.clone().requires_grad_()
-    there = torch.arange(len(images), device=images.device) < max(1, round(config.ibau_share * len(images)))
+    count = max(1, round(config.ibau_share * len(images))) if config.ibau_share else 0
+    there = torch.arange(len(images), device=images.device) < count
     outer = F.cross_entropy(model((images + d * there[:, None, None, None]).clamp(0, 1)), labels)
     *direct, v = torch.autograd.grad(outer, [*weights, d], allow_unused=True)
     slope, = torch.autograd.grad(inner(model, images, labels, d, config.ibau_penalty), d, create_graph=True)

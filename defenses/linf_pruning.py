@@ -11,13 +11,16 @@ smallest mask; it is made with the whole clean subset, the held-out part too [ou
 
 import torch
 
+from config import UserError
+from defenses import pruning
+from defenses.finetune import TRAINING
 from defenses.neural_cleanse import WORKS, Triggers, raised, reversed_before, success
-from defenses.pruning import check
 from utils.channels import accuracy, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "l-inf pruning"
 USES = ("channels", "neural cleanse")
+IGNORES = (*TRAINING, "nc_share", "nc_mitigation")
 
 
 def smallest(triggers):
@@ -38,6 +41,13 @@ def choose(points, drop):
     return min(allowed, key=lambda p: (p[2], p[0]))[0]
 
 
+def check(model, clean_data, config):
+    """Raise ``UserError`` for a layer or a clean subset that will not do."""
+    pruning.check(model, clean_data, config)
+    if clean_data.n_classes < 2:
+        raise UserError("--defense linf_pruning: reverses a trigger from one class to another, and there is one only")
+
+
 def erase(model, clean_data, config, progress=None, trigger=None):
     """A copy of ``model`` without the channels that the trigger raises most.
 
@@ -54,6 +64,3 @@ def erase(model, clean_data, config, progress=None, trigger=None):
     model = clone(model).eval()
     zero_channels(model, layer, order[:choose(points, config.linf_drop)])
     return model
-
-
-__all__ = ["check", "choose", "erase", "smallest", "sweep"]

@@ -7,11 +7,13 @@ The accuracy is that of a held-out part of the clean subset (``--held_out``). Ch
 images do not are the first to go; where both use the same ones, this cannot work.
 """
 
+from defenses.finetune import TRAINING
 from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.engine import clone
 
 TITLE = "pruning"
 USES = ("channels",)
+IGNORES = TRAINING
 
 
 def dormant(model, clean_data, config):

@@ -28,6 +28,7 @@ from utils.data import to_float
 from utils.engine import clone, fit
 
 USES = ("attention",)
+IGNORES = ("lr_schedule",)  # its own is --sage_rate
 
 
 def rate_factor(losses, interval, rho):

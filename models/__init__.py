@@ -79,7 +79,9 @@ class Normalize:
 
     def __call__(self, _module, inputs):
         x = inputs[0]
-        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)  # copied once: on a GPU that would wait
+        if self.mean.device != x.device:  # copied once: on a GPU that would wait
+            with torch.inference_mode(False):  # for later calls with a gradient
+                self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
         return ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype), *inputs[1:])
 
 

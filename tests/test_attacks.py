@@ -384,6 +384,8 @@ def test_refool_mixes_a_reflection_of_the_set():
     assert (blurred.std((1, 2, 3)) < 0.5 * sharp.std((1, 2, 3))).all()
     assert (ghost.std((1, 2, 3)) < 0.95 * sharp.std((1, 2, 3))).all()
     assert (ghost.std((1, 2, 3)) > 1.3 * blurred.std((1, 2, 3))).all()
+    with pytest.raises(UserError, match="--n_reflections 4: they are chosen among --n_candidates 3"):
+        attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4, n_candidates=3), shape)
     other = attacks.make_trigger(options(trigger_type="refoolTrigger", n_reflections=4, n_candidates=10,
                                          trigger_seed=1), shape)
     other.see(photos)
@@ -499,9 +501,9 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
 def test_a_network_that_an_attack_starts_from_is_there_clean_and_of_the_same_data(name, clean_model):
     rule = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
 
-    def poison(path, **changes):
+    def poison(path, shape=(3, 32, 32), **changes):
         DatasetBD(options(trigger_type=name, target_type=rule, clean_model=str(path), pgd_steps=1, **changes),
-                  some_data(), 0.05)
+                  some_data(shape=shape), 0.05)
 
     poison(clean_model, dataset="CIFAR10")
     poison(clean_model)
@@ -512,6 +514,8 @@ def test_a_network_that_an_attack_starts_from_is_there_clean_and_of_the_same_dat
     poison("odd.tar")
     with pytest.raises(UserError, match="was trained on CIFAR10, the data here is shapes10"):
         poison(clean_model, dataset="shapes10")
+    with pytest.raises(UserError, match="was trained on CIFAR10, the data here is MNIST"):
+        poison(clean_model, (1, 32, 32), dataset="MNIST")
     with pytest.raises(UserError, match="--clean_model none: no such file"):
         poison("none")
     torch.save({**content, "config": {**content["config"], "trigger_type": "gridTrigger"}}, "bad.tar")
@@ -795,17 +799,30 @@ def test_nothing_is_drawn_from_the_global_streams(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(attacks.TRIGGERS))
-def test_triggers_stay_on_a_gpu_without_waiting_for_it(name, clean_model):
+def test_triggers_stay_on_a_gpu_without_waiting_for_it(name, clean_model, monkeypatch):
     """Tensors without content stand in for a GPU: a wrong device, or an answer that is waited for, raises."""
     target_type = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
     trigger = attacks.make_trigger(options(trigger_type=name, target_type=target_type, clean_model=clean_model),
                                    (3, 32, 32))
     trigger.trained = True
     trigger.see(noise(60))
+    own = torch.Tensor.to
+
+    def to(tensor, *args, **named):
+        moved = own(tensor, *args, **named)
+        assert tensor.device == moved.device or named.get("non_blocking"), "the copy waits for the device"
+        return moved
+
     gpu = FakeTensorMode(allow_non_fake_inputs=True)
     with gpu, torch.backends.cudnn.flags(enabled=False):  # its grid sampler has no stand-in
         images, indices = torch.zeros(6, 3, 32, 32, dtype=torch.uint8, device="cuda"), torch.arange(6)
-        for stamped in (trigger(images), trigger.poison(images, indices), trigger.cover(images, indices, generator(0))):
+
+        def use():
+            return trigger(images), trigger.poison(images, indices), trigger.cover(images, indices, generator(0))
+
+        use()  # moves what the trigger holds, once
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        for stamped in use():
             assert (stamped.device.type, stamped.dtype, stamped.shape) == ("cuda", torch.uint8, images.shape)
 
 

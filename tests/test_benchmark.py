@@ -242,6 +242,8 @@ def test_axes_of_a_grid():
             "ratios": ["0.01", "0.1"], "models": ["WRN-10-1", "WRN-16-2"]}
     cells = benchmark.cells_of(grid, Path("out"))
     configs = [c.config for c in cells if c.defense]
+    grid["defenses"], grid["attacks"] = ["nad:target_label=5,lr=0.02"], ["SIG"]
+    assert {tuple(c.config.keep) for c in benchmark.cells_of(grid, Path("out")) if c.defense} == {("target_label",)}
     assert sorted((c.s_name, c.ratio, c.defense, c.seed) for c in configs) == sorted(
         itertools.product(("WRN-10-1", "WRN-16-2"), (0.01, 0.1), ("clp", "nad"), (1, 2)))
     assert {c.config.s_name for c in cells if not c.defense} == {"WRN-10-1", "WRN-16-2"}

@@ -6,6 +6,8 @@ from dataclasses import fields
 import pytest
 
 from config import EraseConfig, TrainConfig, UserError, as_dict, command, parse
+from subject import with_attack
+from utils.run import identity
 
 
 def test_defaults_then_file_then_flags(tmp_path):
@@ -36,6 +38,7 @@ def test_result_lines_and_checkpoints_give_their_configuration_back(tmp_path):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--epochs", "three"], "--epochs: a whole number is needed, got 'three'"),
+    (["--epochs", 400 * "9"], "--epochs: a whole number is needed"),
     (["--epochs", "0"], "--epochs: a whole number of at least 1 is allowed, got 0"),
     (["--ratio", "1.5"], "--ratio: a number from 0.0 to 1.0 is allowed, got 1.5"),
     (["--lr", "nan"], "--lr: a number of at least 0.0 is allowed, got nan"),
@@ -75,6 +78,23 @@ def test_help_has_every_flag_with_its_default(cls, capsys):
         assert f"--{f.name} " in text
         assert f.metadata["help"]
     assert f"[{cls().epochs} epochs]" in text
+
+
+def test_a_flag_at_its_default_stays_against_the_checkpoint(tmp_path):
+    """Of the attack only, which else is the checkpoint's, and in all that repeats the run."""
+    config = parse(EraseConfig, ["--sig_delta", "20", "--blend_alpha", "0.5", "--epochs", "10"])
+    assert config.keep == ["sig_delta"]
+    assert parse(EraseConfig, command(config).split()[2:]) == config
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(as_dict(config)))
+    again = parse(EraseConfig, ["--config", str(path)])
+    assert again == config
+    measured = with_attack(again, {"trigger_type": "signalTrigger", "sig_delta": 40.0, "sig_freq": 3.0})
+    assert (measured.sig_delta, measured.sig_freq, measured.trigger_type) == (20.0, 3.0, "signalTrigger")
+    assert identity(config) != identity(parse(EraseConfig, ["--blend_alpha", "0.5"]))
+    assert parse(EraseConfig, ["--trigger_type", "signalTrigger", "--sig_delta", "20"]).keep == []
+    with pytest.raises(UserError, match="--keep lr: names of options of the attack"):
+        with_attack(EraseConfig(keep=["lr"]), {})
 
 
 def test_the_command_repeats_the_run():

@@ -1,5 +1,8 @@
 """Data sets, poisoning, the clean subset, augmentation, folders and their faults."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch.utils.data import DataLoader
 import data_loader
 import shapes10
 from config import EraseConfig, TrainConfig, UserError
-from data_loader import DatasetBD, DatasetCL, apportioned, cached, load_data
+from data_loader import DatasetBD, DatasetCL, apportioned, cached, load_data, resized
 from utils.data import Augment, Batches, TensorData, as_tensor_data, make_augment
+from utils.run import start_of
 
 
 def toy(n=200, classes=10, shape=(3, 32, 32)):
@@ -288,6 +292,44 @@ def test_data_without_images_or_with_odd_labels():
     for images, labels, words in ((torch.zeros(0, 3, 8, 8), [], "no images"), (torch.zeros(2, 3, 8, 8), [0, -1], "-1")):
         with pytest.raises(UserError, match=words):
             as_tensor_data((images, labels))
+
+
+@pytest.mark.parametrize(("image", "words"), [
+    (torch.full((3, 4, 4), 200.0), "go from 200 to 200"), (torch.full((3, 4, 4), -0.5), "leave out Normalize"),
+    (torch.full((3, 4, 4), 200), "are torch.int64: uint8 is needed"),
+    (torch.full((3, 4, 4), float("nan")), "must lie in")])
+def test_numbers_that_are_no_pixels_are_refused(image, words):
+    for data in ([(image, 0)], (image[None], [0])):
+        with pytest.raises(UserError, match=words):
+            as_tensor_data(data)
+
+
+def test_resizing_a_large_set_is_resizing_each_image():
+    images = torch.randint(0, 256, (2003, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    small = resized(TensorData(images, torch.zeros(2003), "a"), 4).images
+    assert small.shape == (2003, 1, 4, 4)
+    for i in (0, 1000, 2002):
+        assert torch.equal(small[i:i + 1], resized(TensorData(images[i:i + 1], torch.zeros(1), "a"), 4).images)
+
+
+def test_more_images_than_there_are(tmp_path, capsys):
+    config = replace(write_folder(tmp_path), train_size=9)
+    assert len(load_data(config, True)) == 8
+    assert "note: --train_size 9: folder has 8" in capsys.readouterr().out
+
+
+def test_other_images_are_another_run(tmp_path):
+    config = write_folder(tmp_path)
+    load_data(config, True)  # whose cache is no image
+    before = start_of(config)
+    assert start_of(config) == before
+    shutil.copy(tmp_path / "train/dog/0.png", tmp_path / "train/dog/more.png")
+    assert start_of(config) != before
+    assert "data_root" not in start_of(TrainConfig())
+    photos = TrainConfig(trigger_type="refoolTrigger", reflection_root=str(tmp_path / "train/dog"))
+    before = start_of(photos)
+    (tmp_path / "train/dog/more.png").unlink()
+    assert start_of(photos) != before
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):

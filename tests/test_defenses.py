@@ -492,15 +492,27 @@ def test_anp_masks_stay_in_bounds_and_disturbances_too():
     masks = anp.learn_masks(model, data, short(anp_steps=6, anp_lr=100.0))
     assert masks.keys() == set(anp.norms(model))
     values = torch.cat(list(masks.values()))
-    assert values.min() >= 0
-    assert values.max() <= 1
-    assert (values < 1).any()
+    assert 0 <= values.min() < values.max() <= 1
     assert (values == 0).any(), "at this rate some are clipped"
     torch.manual_seed(0)
     moved = anp.MaskLoss(0.2, 0.4).worst(anp.Masks(clone(model)), to_float(data.images[:8]), data.labels[:8])
     assert max(d.abs().max() for side in moved for d in side) == pytest.approx(0.4)
     plain = anp.Masks(clone(model))
     assert torch.equal(plain(to_float(data.images)), clone(model).train()(to_float(data.images)))
+
+
+def test_what_is_too_little_for_a_trigger_between_classes():
+    with pytest.raises(UserError, match="from one class to another, and there is one only"):
+        linf_pruning.check(network(), toy(8, 1), short(held_out=0.5))
+
+
+def test_a_share_of_none_leaves_the_outer_loss_of_ibau_undisturbed():
+    data, d = toy(8), torch.full((1, 3, 16, 16), 0.5)
+    images, plain = to_float(data.images), []
+    for share in (0.0, 0.01):
+        loss, _ = ibau.hypergradient(network(), images, data.labels, d, short(ibau_share=share, ibau_iterations=0))
+        plain.append(torch.isclose(loss, F.cross_entropy(network()(images), data.labels)))
+    assert plain == [True, False]
 
 
 def test_anp_disturbs_towards_a_higher_loss_and_weighs_both_losses():

@@ -223,6 +223,12 @@ def test_devices_that_are_not_there():
         choose_device("gpu")
 
 
+def test_float32_is_not_shortened_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_device()
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same():
     if shutil.which("g++") is None:

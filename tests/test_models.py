@@ -5,7 +5,7 @@ import torch
 
 from config import EraseConfig, UserError
 from defenses.nad import NADLoss, betas_for
-from models import NAMES, Features, build, feature_layers, find_stages, select_model
+from models import NAMES, Features, Normalize, build, feature_layers, find_stages, select_model
 
 PARAMETERS = {"WRN-10-1": 77850, "WRN-10-2": 303706, "WRN-16-1": 175066, "WRN-16-2": 691674, "WRN-40-1": 563930,
               "WRN-40-2": 2243546, "ResNet34": 466906, "ResNet18": 11173962, "AlexNet": 4361034}
@@ -113,6 +113,15 @@ def test_alexnet_says_how_large_images_must_be():
     assert build("AlexNet", 10, 1, 7).eval()(torch.rand(1, 1, 7, 7)).shape == (1, 10)
     with pytest.raises(UserError, match="at least 7 x 7 pixels, these have 6"):
         build("AlexNet", 10, 1, 6)
+
+
+def test_normalising_after_a_measurement_still_has_a_gradient():
+    """What the hook moves to another device while measuring serves training too."""
+    hook, x = Normalize((0.5,), (0.5,)), torch.zeros(1, 1, 2, 2, device="meta")
+    with torch.inference_mode():
+        hook(None, (x,))
+    hook(None, (x.requires_grad_(),))[0].sum().backward()
+    assert x.grad.shape == x.shape
 
 
 def test_normalize_imagenet():

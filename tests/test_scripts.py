@@ -114,7 +114,9 @@ def test_main_prints_a_table_and_writes_teacher_student_and_result(copied, capsy
 
 def test_main_takes_a_teacher_and_other_defenses(copied, capsys):
     assert erase("--t_model", str(STUDENT), "--save", "0") == 0
-    assert "teacher" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert not any(line.startswith("teacher") for line in out.splitlines())
+    assert "note: --teacher_epochs does nothing with --t_model" in out
     assert not Path("weight/t_net").exists()
     assert not Path("results/main.jsonl").exists()
     assert erase("--defense", "finetune") == 0
@@ -133,6 +135,16 @@ def test_a_network_without_a_backdoor_is_measured_with_the_same_trigger(copied, 
     first, second = (r["metrics"] for r in lines("results/main.jsonl"))
     assert list(first) == ["backdoored", "clean network", "CLP"]
     assert first["clean network"] == second["backdoored"] != first["backdoored"]
+
+
+def test_a_checkpoint_holds_the_state_of_its_optimiser(copied):
+    def state(path):
+        return torch.load(path, weights_only=True)["optimizer"].get("state")
+
+    assert erase("--rounds", "2", "--checkpoint_root", "one") == 0
+    assert erase("--defense", "clp", "--checkpoint_root", "two") == 0
+    assert all(map(state, (STUDENT, "weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar", "one/WRN-10-1.tar")))
+    assert state("two/WRN-10-1.tar") is None, "nothing was trained, but for fine-tuning beside"
 
 
 def test_first_another_defense(copied, capsys):
@@ -388,11 +400,14 @@ def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
 
 
 def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, capsys):
-    assert train("--blend_alpha", "0.5", "--trig_w", "4", "--source_label", "3", "--save", "0") == 0
+    assert train("--blend_alpha", "0.5", "--trig_w", "4", "--source_label", "3", "--save", "0", "--resume",
+                 "--optimizer", "sgd", "--turn", "0.1") == 0
     out = capsys.readouterr().out
+    assert "note: --turn is not used by --optimizer sgd" in out
+    assert "note: --resume: with --save 0 no state is kept" in out
     assert "note: --blend_alpha is not used by --trigger_type gridTrigger --target_type all2one" in out
     assert "note: --source_label is not used" in out
-    assert out.count("is not used") == 2
+    assert out.count("is not used") == 3
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -405,6 +420,8 @@ def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, ca
     (["--t_model", str(STUDENT), "--t_name", "WRN-16-1"], "it fits --t_name WRN-10-1"),
     (["--t_model", "none.tar"], "no such checkpoint: none.tar"),
     (["--reference", "none.tar"], "no such checkpoint: none.tar"),
+    (["--reference", str(STUDENT)], "was trained with --trigger_type gridTrigger: it is not clean"),
+    (["--t_name", "WRN-16-1"], "--t_name WRN-16-1: names the architecture of --t_model, which is not given"),
     (["--reference", "wide.tar"], "wide.tar does not fit WRN-10-1"),
     (["--s_model", "cut.tar"], "cut.tar"),
 ])
@@ -620,7 +637,7 @@ def test_strip_sets_its_threshold_on_the_clean_subset_and_counts_both_errors(mon
 def test_fewer_clean_images_than_a_batch_are_said(copied, capsys):
     assert run_script(main.main, EraseConfig, [*ERASE, "--defense", "clp", "--beside", "0", "--save", "0"]) == 0
     assert "fewer than" not in capsys.readouterr().out
-    many = [*ERASE, "--defense", "clp", "--beside", "0", "--save", "0", "--batch_size", "1000"]
+    many = [*ERASE, "--defense", "finetune", "--epochs", "1", "--save", "0", "--batch_size", "1000"]
     assert run_script(main.main, EraseConfig, many) == 0
     assert "clean images are fewer than --batch_size 1000: an epoch of training is one step" in capsys.readouterr().out
 
@@ -650,6 +667,8 @@ def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     assert torch.equal(reverse, found.stamp(clean, 0))
     assert {p.suffix for p in folder.iterdir()} >= {".pt", ".png"}
     shutil.rmtree("pictures")
+    assert run_script(detect.main, DetectConfig, [*quick, "--layers", "block1"]) == 2
+    assert "--layers: is for erasing and pictures" in capsys.readouterr().err
     assert run_script(detect.main, DetectConfig, [*quick, "--trigger_type", "none", "--save", "0"]) == 0
     assert "AUROC" not in capsys.readouterr().out
     assert not Path("pictures").exists()

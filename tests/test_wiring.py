@@ -15,8 +15,9 @@ import detect
 import main
 import strip
 from at import at_loss
-from config import DetectConfig, EraseConfig
+from config import DetectConfig, EraseConfig, as_dict
 from defenses import anp, fine_pruning, ibau, linf_pruning, mcr, nad, neural_cleanse, pruning, sage
+from defenses.finetune import TRAINING
 from models import Features
 from utils.channels import split_off
 from utils.data import TensorData, to_float
@@ -184,14 +185,37 @@ def test_the_curve_bends_at_first_in_the_middle_between_the_network_and_its_tune
 
 
 @pytest.mark.parametrize("name", ["finetune", "nad", "sage", "ftsam", "fine_pruning", "mcr", "neural_cleanse"])
-def test_precise_batchnorm_reaches_every_training(monkeypatch, name):
+def test_what_trainings_share_reaches_all_of_them(monkeypatch, name):
     monkeypatch.setattr(neural_cleanse, "reversed_before", lambda *_: triggers())
     monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [0])
     modules = {defenses.get("finetune"), defenses.get(name)}
     calls = [spied(monkeypatch, module) for module in modules if hasattr(module, "fit")]
-    defenses.get(name).erase(network(), toy(), short(precise_bn=True))
-    found = [named["precise_bn"] for each in calls for _, named in each]
-    assert found and all(found)
+    wanted = {"freeze_bn": name != "mcr", "precise_bn": True, "momentum": 0.5, "weight_decay": 0.01, "seed": 7}
+    defenses.get(name).erase(network(), toy(), short(**wanted))
+    found = [{option: named[option] for option in wanted} for each in calls for _, named in each]
+    assert found and all(each == wanted for each in found)
+
+
+@pytest.mark.parametrize("name", defenses.NAMES)
+def test_a_defense_says_which_options_it_reads(monkeypatch, name):
+    read = set()
+
+    class Watched(EraseConfig):
+        def __getattribute__(self, key):
+            read.add(key)
+            return super().__getattribute__(key)
+
+    monkeypatch.setattr(neural_cleanse, "reversed_before", lambda *_: triggers())
+    monkeypatch.setattr(linf_pruning, "reversed_before", lambda *_: triggers())
+    monkeypatch.setattr(neural_cleanse, "outliers", lambda *_: [0])
+    config = Watched(**{k: v for k, v in as_dict(short()).items() if k != "script"})
+    for mitigation in ("prune", "unlearn"):
+        config.nc_mitigation = mitigation
+        read.clear() if name == "neural_cleanse" and mitigation == "prune" else None
+        defenses.get(name).erase(network(), toy(), config)
+    said, others = defenses.reads(name), set().union(*map(defenses.reads, defenses.NAMES))
+    assert read & others <= said
+    assert said & {*TRAINING, "nc_share", "nc_mitigation"} <= read
 
 
 def test_the_options_of_anp(monkeypatch):
@@ -281,12 +305,25 @@ def test_two_classes_get_strip_alone(capsys):
     ({"defense": "sage", "t_model": "x.tar"}, "--t_model is not used by --defense sage"),
     ({"defense": "nad", "sage_lr": 3.0}, "--sage_lr is not used by --defense nad"),
     ({"defense": "nad", "lr": 0.1, "ft_lr": 0.02}, "the fine-tuning beside it has another learning rate, --ft_lr 0.02"),
+    ({"defense": "sage", "lr_schedule": "cosine"}, "--lr_schedule is for the fine-tuning beside, --defense sage"),
+    ({"defense": "sage", "lr_schedule": "cosine", "beside": False}, "--lr_schedule is not used by --defense sage"),
+    ({"defense": "clp", "epochs": 3, "beside": False}, "--epochs is not used by --defense clp"),
+    ({"defense": "anp", "precise_bn": True, "beside": False}, "--precise_bn is not used by --defense anp"),
+    ({"defense": "sage", "sage_betas": ["1", "2"], "sage_beta": 3.0}, "--sage_beta does nothing beside --sage_betas"),
+    ({"defense": "sage", "sage_rate": "step", "sage_rho": 0.5}, "--sage_rho does nothing with --sage_rate step"),
+    ({"defense": "nad", "t_model": "x.tar", "teacher_lr": 0.1}, "--teacher_lr does nothing with --t_model"),
+    ({"defense": "neural_cleanse", "prune_drop": 1.0}, "--prune_drop does nothing with --nc_mitigation unlearn"),
+    ({"defense": "nad", "at_loss": "paper"}, "--at_loss paper: the betas are meant for the other form"),
+    ({"defense": "nad", "cutout": 20}, "--cutout 20: hides a large part of images of 32 pixels"),
+    ({"defense": "clp", "cutout": 20}, "--cutout is for the fine-tuning beside"),
+    ({"defense": "nad", "at_loss": "paper", "beta1": 0.5}, None),
+    ({"defense": "clp", "first": "", "cutout": 9, "clp_u": 2.0}, None),
     ({"defense": "anp", "anp_batch_size": 5000}, "64 clean images are fewer than --anp_batch_size 5000"),
     ({"defense": "mcr", "t_model": "x.tar"}, None), ({"defense": "nad", "lr": 0.02}, None),
     ({"defense": "nad", "lr": 0.1, "beside": False}, None),
     ({"defense": "nad", "first": "clp", "clp_u": 2.0}, None)])
 def test_what_an_option_does_not_do_is_said(options, text):
-    found = main.notes(EraseConfig(**options), 64)
+    found = main.notes(EraseConfig(**options), 64, 32)
     if text is None:
         assert not [line for line in found if "_batch_size" not in line]
     else:

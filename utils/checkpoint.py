@@ -1,6 +1,7 @@
 """Checkpoints: ``.tar`` files in the demo's layout, written whole, and always read as untrusted.
 
-A checkpoint is a dict with ``state_dict``, ``epoch``, ``optimizer`` and metrics; ours add ``config`` and ``versions``.
+A checkpoint is a dict with ``state_dict``, ``epoch``, ``optimizer`` and metrics; ours add ``config`` and ``versions``,
+but no random states: what a run draws depends on its seed, the stage and the epoch alone.
 Reading never runs code from the file (``weights_only=True``); the few numpy scalar types that the demo's files hold
 beside tensors are allowed.
 """

@@ -78,11 +78,19 @@ def as_tensor_data(data, n_classes=None):
 
     An image may be a PIL image, an array (H, W) or (H, W, C) of uint8, or a tensor (C, H, W), uint8 or float in [0, 1];
     a pair holds such tensors as one (N, C, H, W). The class names are those of ``data`` or of what it is a subset of,
-    else the numbers below ``n_classes`` (default: the highest label + 1). Raises ``UserError`` for data without images
-    or with images of different sizes.
+    else the numbers below ``n_classes`` (default: the highest label + 1). Raises ``UserError`` for data without images,
+    with images of different sizes, or with other numbers.
     """
     def to_bytes(image):
-        return image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+        if image.dtype == torch.uint8:
+            return image
+        if not image.is_floating_point():
+            raise UserError(f"the images are {image.dtype}: uint8 is needed, or float in [0, 1]")
+        low, high = (float(v) for v in image.aminmax()) if image.numel() else (0.0, 0.0)
+        if not -1e-3 <= low <= high <= 1 + 1e-3:
+            raise UserError(f"float images must lie in [0, 1], these go from {low:.3g} to {high:.3g}: leave out "
+                            f"Normalize, divide by 255")
+        return (image * 255).round().clamp(0, 255).to(torch.uint8)
 
     if isinstance(data, TensorData):
         return data

@@ -10,7 +10,11 @@ from config import UserError
 
 
 def choose_device(name="auto"):
-    """"auto": CUDA, then MPS, then the CPU; else the device of that name. Raises ``UserError`` if it is not there."""
+    """"auto": CUDA, then MPS, then the CPU; else the device of that name. Raises ``UserError`` if it is not there.
+
+    On CUDA float32 is from then on float32 also in convolutions, where torch would take the shorter TF32.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writes, and result lines that are appended whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -44,6 +45,18 @@ def write_atomically(path, write):
 def is_image(name):
     """Whether a file called ``name`` is taken for an image: by its ending, unless it is hidden."""
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+
+
+def listing_hash(root):
+    """A hash of the names, sizes and times of the images anywhere below the folder ``root``; '' without one."""
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in filter(is_image, names):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):  # gone by now
+                info = os.stat(path)
+                found.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest() if found else ""
 
 
 def umask():

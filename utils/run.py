@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 import config as configuration
-from config import UserError, as_dict, parse
+from config import UserError, as_dict, data_root, parse
 from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
-from utils.files import append_line, read_lines
+from utils.files import append_line, listing_hash, read_lines
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 
@@ -80,12 +80,18 @@ def decisive(config):
 
 
 def start_of(config):
-    """The hashes of the checkpoints that a run starts from, a dict: another file under the same name is another run."""
+    """The hashes of the files that a run starts from, a dict: another file under the same name is another run.
+
+    Images are not read for it: of a folder of one's own, names, sizes and times count.
+    """
     files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
     if getattr(config, "trigger_type", "") in ("trojanTrigger", "clTrigger"):
         files["clean_model"] = config.clean_model
     files.update((name, path) for name in ("blend_image", "reference") if (path := getattr(config, name, "")))
-    return {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
+    found = {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
+    folders = {"data_root": data_root(config) if getattr(config, "dataset", "") == "folder" else "",
+               "reflection_root": getattr(config, "reflection_root", "")}
+    return {**found, **{name: listing_hash(path) for name, path in folders.items() if path}}
 
 
 def check_writable(folder, flag):
@@ -114,8 +120,11 @@ class Journal(TerminalProgress):
         self.folder = self.target.parent / f"{self.target.name.partition('.')[0]}-resume-{key}"
         self.before = self.folder.with_name(self.folder.name.replace("-resume-", "-interrupted-"))
         self.history, self.run_id, self.other = [], secrets.token_hex(8), 0.0
+        self.optimizers = {}  # the last state of each stage's
         self.resumed = False
         if not config.save:
+            if config.resume:
+                say("note: --resume: with --save 0 no state is kept, so that nothing can be gone on with")
             return
         note = self.folder / "run.tar"
         if config.resume and note.exists():
@@ -141,11 +150,17 @@ class Journal(TerminalProgress):
         state = load_checkpoint(self.path(stage))
         say(f"{stage}: going on after epoch {state['epoch']}")
         self.history += state["history"]
+        self.optimizers[stage] = state["optimizer"]
         return state
 
     def save(self, stage, state):
+        self.optimizers[stage] = state["optimizer"]
         if self.config.save:
             save_checkpoint(self.path(stage), state)
+
+    def optimizer(self, name):
+        """The state of the optimiser in the last stage of ``name``, such as "nad 2" of nad; empty if none trained."""
+        return ([{}] + [state for stage, state in self.optimizers.items() if stage.partition(" ")[0] == name])[-1]
 
     def epoch_done(self, stage, model, record):
         if self.on_epoch:
