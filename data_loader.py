@@ -231,7 +231,7 @@ def load_data(config, train):
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
     if wanted > len(data):
-        tqdm.write(f"note: --{split}_size {wanted}: {name} has {len(data)} of them")
+        tqdm.write(f"note: --{split}_size {wanted}: {name} has {len(data)} such images, all are used")
     if wanted and wanted < len(data):
         counts = apportioned(torch.bincount(data.labels, minlength=data.n_classes), wanted)
         data = data.take(stratified(data.labels, counts, generator(0, "part of", split)))

@@ -29,6 +29,8 @@ def check(model, clean_data, config):
     """Raise ``UserError`` if ``config.first`` or ``config.defense`` cannot erase ``model`` with ``clean_data``."""
     if config.freeze_bn and config.precise_bn:
         raise UserError("--precise_bn: takes anew what --freeze_bn keeps; one of them has to go")
+    if config.t_name and not config.t_model:
+        raise UserError(f"--t_name {config.t_name}: names the architecture of --t_model, which is not given")
     clean_data = clean_data.to(next(model.parameters()).device)
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):

@@ -92,8 +92,6 @@ def make_loss(model, teacher, config):
 
 def check(model, clean_data, config):
     """Raise ``UserError`` for layers or a teacher that will not do, before anything is trained."""
-    if config.t_name and not config.t_model:
-        raise UserError(f"--t_name {config.t_name}: names the architecture of --t_model, which is not given")
     teacher = make_teacher(model, clean_data, config) if config.t_model else model
     student, images = clone(model).eval(), to_float(clean_data.images[:2])
     make_loss(student, teacher, config)(student, images, clean_data.labels[:2])

@@ -315,7 +315,7 @@ def test_resizing_a_large_set_is_resizing_each_image():
 def test_more_images_than_there_are(tmp_path, capsys):
     config = replace(write_folder(tmp_path), train_size=9)
     assert len(load_data(config, True)) == 8
-    assert "note: --train_size 9: folder has 8" in capsys.readouterr().out
+    assert "note: --train_size 9: folder has 8 such images" in capsys.readouterr().out
 
 
 def test_other_images_are_another_run(tmp_path):
