@@ -179,6 +179,7 @@ def cells_of(grid, out):
         if not grid.get(name):
             raise UserError(f"--{name}: at least one is needed (or a --preset)")
     trained, erased = [], []
+    seeds = [convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ") for seed in grid["seeds"]]
     axes = [[(name, value) for value in grid.get(flag) or [None]] for name, flag in
             (("s_name", "models"), ("dataset", "datasets"), ("ratio", "ratios"))]
     for place in itertools.product(*axes):
@@ -193,17 +194,15 @@ def cells_of(grid, out):
             path = student_file(network.config, network.config.checkpoint_root)
             if not network.shipped:
                 trained.append(network)
-            for defense, seed in itertools.product(grid["defenses"], grid["seeds"]):
+            for defense in grid["defenses"]:
                 chosen, options = spec(defense, defenses.NAMES, EraseConfig, "defenses")
                 options = {**own_erase, **options}
                 if "none" in (network.config.trigger_type, options.get("trigger_type")):
                     raise UserError(f"--attacks {attack} --defenses {defense}: trigger_type none leaves no ASR to "
                                     f"measure")
-                number = convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ")
-                erased.append(Cell(attack, defense, EraseConfig(**{
-                    **kept(options, options), "defense": chosen, "seed": number, "s_model": str(path),
-                    "reflection_root": network.config.reflection_root, "blend_image": network.config.blend_image,
-                    "beside": False})))
+                options = {**kept(options, options), "defense": chosen, "s_model": str(path), "beside": False,
+                           **{name: getattr(network.config, name) for name in ("reflection_root", "blend_image")}}
+                erased += [Cell(attack, defense, EraseConfig(**options, seed=seed)) for seed in seeds]
     return trained + erased
 
 

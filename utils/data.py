@@ -110,10 +110,11 @@ def as_tensor_data(data, n_classes=None):
             images.append(image)
             labels.append(int(label))
         sizes = sorted({" x ".join(map(str, image.shape)) for image in images})
-        if len(sizes) != 1:
+        if len(sizes) > 1:
             raise UserError(f"the images have different sizes, such as {sizes[0]} and {sizes[1]} (channels x height x "
-                            f"width): resize them first" if sizes else "the data set has no images")
-        images, labels = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+                            f"width): resize them first")
+        images = torch.stack(images) if images else torch.empty(0)
+        labels = torch.tensor(labels, dtype=torch.int64)
     whole = data
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a torch.utils.data.Subset
         whole = whole.dataset
