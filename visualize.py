@@ -212,7 +212,8 @@ def channels(config):
 
 
 def threshold(config):
-    """ACC and ASR on the test set against the number of channels pruned in the order of each norm.
+    """ACC and ASR on the test set against the number of channels pruned in the order of each norm; prints where the ASR
+    first falls below 50 and 10%.
 
     The order comes from the trigger that Neural Cleanse finds, as in ``defenses/linf_pruning.py``.
     """
@@ -230,6 +231,10 @@ def threshold(config):
     raised = neural_cleanse.raised(model, layer, subject.clean.images, found, [0])
     for axis, norm in zip(axes, ("linf", "l2", "l1"), strict=True):
         points = linf_pruning.sweep(model, layer, raised[norm].argsort(descending=True), measure)
+        for limit in (50, 10):
+            k, acc, asr = next((p for p in points if p[2] < limit), points[-1])
+            say(f"{norm:<4}  ASR {asr:5.2f} with {k} channels of {layer} pruned, {points[0][1] - acc:.2f} points of ACC "
+                f"lost{'' if asr < limit else f': never below {limit}'}")
         axis.plot([p[0] for p in points], [p[1] for p in points], label="ACC")
         axis.plot([p[0] for p in points], [p[2] for p in points], label="ASR")
         axis.set(xlabel=f"channels of {layer} pruned, {norm.replace('linf', 'l-inf')} norm", ylim=(0, 101))

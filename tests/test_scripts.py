@@ -600,7 +600,7 @@ def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, monkeyp
     assert not torch.equal(lines_of["clean"], lines_of["triggered"])
 
 
-def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(copied, monkeypatch):
+def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(copied, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(visualize, "save", lambda figure, config, name: drawn.append(figure))
@@ -608,9 +608,16 @@ def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(c
     subject = visualize.known_trigger(parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2"]))
     whole = evaluate(subject.model, subject.test, subject.poisoned_test, subject.aim)
     assert whole["clean_acc"] != whole["asr"]
-    for axis in drawn[0].axes:
-        first = {line.get_label(): line.get_ydata()[0] for line in axis.get_lines()}
-        assert first == {"ACC": whole["clean_acc"], "ASR": whole["asr"]}
+    said = [line for line in capsys.readouterr().out.splitlines() if "channels of" in line]
+    for axis, norm in zip(drawn[0].axes, ("linf", "l2", "l1"), strict=True):
+        acc, asr = (line.get_ydata() for line in axis.get_lines())
+        assert (acc[0], asr[0]) == (whole["clean_acc"], whole["asr"])
+        for limit in (50, 10):
+            at = next((i for i, rate in enumerate(asr) if rate < limit), -1)
+            text = f"ASR {asr[at]:5.2f} with {axis.get_lines()[0].get_xdata()[at]} channels of"
+            line = said.pop(0)
+            assert line.startswith(norm) and text in line and f"{acc[0] - acc[at]:.2f} points" in line
+            assert ("never below" in line) == (asr[at] >= limit)
 
 
 def test_detect_doubts_an_outlier_whose_mask_is_not_small():
