@@ -233,8 +233,8 @@ def threshold(config):
         points = linf_pruning.sweep(model, layer, raised[norm].argsort(descending=True), measure)
         for limit in (50, 10):
             k, acc, asr = next((p for p in points if p[2] < limit), points[-1])
-            say(f"{norm:<4}  ASR {asr:5.2f} with {k} channels of {layer} pruned, {points[0][1] - acc:.2f} points of ACC "
-                f"lost{'' if asr < limit else f': never below {limit}'}")
+            say(f"{norm:<4}  ASR {asr:5.2f} with {k} channels of {layer} pruned, {points[0][1] - acc:.2f} points of "
+                f"ACC lost{'' if asr < limit else f': never below {limit}'}")
         axis.plot([p[0] for p in points], [p[1] for p in points], label="ACC")
         axis.plot([p[0] for p in points], [p[2] for p in points], label="ASR")
         axis.set(xlabel=f"channels of {layer} pruned, {norm.replace('linf', 'l-inf')} norm", ylim=(0, 101))
