@@ -346,7 +346,7 @@ def summary(rows, columns, before, machine):
     seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``."""
     sets = [("the paper's six", list(SIX))] if {*SIX} <= {*columns} else []
     if {*SIX} != {*columns}:
-        sets.append((f"{len(columns)} attacks", columns))
+        sets.append((f"{len(columns)} attack{'s' * (len(columns) > 1)}", columns))
     head = " | ".join(f"ACC lost, {name} | ASR, {name}" for name, _ in sets)
     out = [f"| | {head} | seeds | seconds |", "|---" * (2 * len(sets) + 3) + "|"]
     for row, found in rows.items():
