@@ -542,11 +542,16 @@ def student_file(config, given=""):
     return weight_root(config, given, "s_net") / f"{file_name(config.s_name)}-S-model_best.pth.tar"
 
 
+def not_default(config):
+    """The names of the options of ``config`` that differ from their defaults, in their order."""
+    return [f.name for f in fields(config) if getattr(config, f.name) != default_of(f)]
+
+
 def command(config):
     """The command line that repeats this run: the script and the flags that differ from the defaults."""
     words = [sys.argv[0]]
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value != default_of(f) and f.name != "resume":
-            words += [f"--{f.name}", *(value if f.type is list else [str(value)])]
+    for name in not_default(config):
+        value = getattr(config, name)
+        if name != "resume":
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(["python", *words])

@@ -10,12 +10,11 @@ Measures the network before, fine-tuned, and erased; writes the teacher (weight/
 
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import defenses
 from attacks import must_be_clean
-from config import EraseConfig, default_of, file_name, unused, weight_root
+from config import EraseConfig, file_name, not_default, unused, weight_root
 from defenses.finetune import TRAINING
 from leaderboard import REFERENCE
 from subject import opened, study
@@ -40,7 +39,7 @@ def idle(config):
 def notes(config, n, side):
     """What the user of ``config`` with ``n`` clean images, ``side`` pixels high or wide, should know before anything is
     trained: lines of text."""
-    given = {f.name for f in fields(config) if getattr(config, f.name) != default_of(f)}
+    given = set(not_default(config))
     unread = unused(config, defenses.without_unused)
     found = [f"--{name} is not used by --defense {config.defense}" for name in unread]
     found += [f"--{name} is for the fine-tuning beside, --defense {config.defense} does not use it"
@@ -114,8 +113,8 @@ def main(config):
                     save_checkpoint(teacher_file, {"state_dict": model.state_dict(), "stage": "teacher",
                                                    "epoch": config.teacher_epochs,
                                                    "optimizer": self.optimizer(stage), **rows["teacher"],
-                                                   **about,
-                                                   "config": identity(config), "versions": versions()})
+                                                   **about, "config": identity(config),
+                                                   "versions": versions()})
                     say(f"saved: {teacher_file}")
 
     journal = EraseJournal(config, target, report)

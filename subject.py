@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import AttackConfig, UserError, convert, student_file
+from config import AttackConfig, UserError, convert, not_default, student_file
 from data_loader import DatasetCL, backdoor_tests, load_data
 from models import select_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -51,8 +51,7 @@ def with_attack(config, stored):
     unknown = set(config.keep) - set(OF_THE_ATTACK)
     if unknown:
         raise UserError(f"--keep {min(unknown)}: names of options of the attack are needed")
-    keep = {f.name for f in fields(AttackConfig) if getattr(config, f.name) != f.default}.union(config.keep, FILES)
-    keep -= {"trigger_type"}
+    keep = {*not_default(config), *config.keep, *FILES} - {"trigger_type"}
     values = {"trigger_type": "gridTrigger"}
     for f in fields(AttackConfig):
         if f.name in stored and f.name not in keep:

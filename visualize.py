@@ -26,7 +26,7 @@ from defenses import linf_pruning, neural_cleanse
 from models import Features, feature_layers
 from subject import opened, study
 from utils.channels import channel_norms, last_layer
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, stored_config
 from utils.data import to_float
 from utils.devices import choose_device
 from utils.engine import TerminalProgress, evaluate
@@ -111,7 +111,7 @@ def shown_networks(subject, config):
     found = [("backdoored", subject.model)]
     for file in config.networks:
         content = load_checkpoint(file)
-        stored = content.get("config") if isinstance(content.get("config"), dict) else {}
+        stored = stored_config(content)
         name = stored.get("defense")
         title = defenses.title(name) if name in defenses.NAMES else Path(file).stem
         title = "fine-tuned" if content.get("stage") == "teacher" else title

@@ -12,7 +12,7 @@ import torch
 
 from config import AttackConfig, UserError, convert
 from models import select_model
-from utils.checkpoint import architecture, file_hash, load_checkpoint, load_weights, weights_of
+from utils.checkpoint import architecture, file_hash, load_checkpoint, load_weights, stored_config, weights_of
 from utils.engine import cross_entropy
 from utils.seeds import generator
 
@@ -209,8 +209,7 @@ def checkerboard(h, w):
 def must_be_clean(content, where):
     """Raise ``UserError``, beginning with ``where``, if the checkpoint ``content`` says that it is of a backdoored
     network."""
-    stored = content.get("config") if isinstance(content.get("config"), dict) else {}
-    found = stored.get("trigger_type", "none")
+    found = stored_config(content).get("trigger_type", "none")
     if found != "none":
         raise UserError(f"{where}: was trained with --trigger_type {found}: it is not clean")
 
@@ -225,8 +224,7 @@ def clean_network(opt, shape):
         raise UserError(f"--clean_model {path}: no such file; --trigger_type {opt.trigger_type} needs a clean network "
                         f"of the data at hand, from train_badnet.py --trigger_type none --checkpoint_root DIR")
     content = load_checkpoint(path)
-    stored = content.get("config") if isinstance(content.get("config"), dict) else {}
-    stored = {k: v for k, v in stored.items() if isinstance(v, str)}
+    stored = {k: v for k, v in stored_config(content).items() if isinstance(v, str)}
     must_be_clean(content, f"--clean_model {path}")
     if opt.data and stored.get("dataset", opt.data) != opt.data:
         raise UserError(f"--clean_model {path}: was trained on {stored['dataset']}, the data here is {opt.data}: train "

@@ -9,6 +9,7 @@ tables; ``USES`` are groups of options that it reads beside "erasing" and the on
 options of these that it does not read.
 """
 
+import functools
 import importlib
 import pkgutil
 from dataclasses import fields
@@ -62,11 +63,13 @@ def title(name):
     return getattr(get(name), "TITLE", name.upper())
 
 
+@functools.cache
 def reads(name):
     """The names of the options of ``EraseConfig`` that the defense ``name`` reads, of those that are for defenses."""
     module = get(name)
     groups = {"erasing", name.replace("_", " "), *getattr(module, "USES", ())}
-    return {f.name for f in fields(EraseConfig) if f.metadata["group"] in groups} - set(getattr(module, "IGNORES", ()))
+    names = {f.name for f in fields(EraseConfig) if f.metadata["group"] in groups}
+    return frozenset(names.difference(getattr(module, "IGNORES", ())))
 
 
 def without_unused(options):

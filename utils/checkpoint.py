@@ -117,6 +117,11 @@ def differences(model, state):
     return found
 
 
+def stored_config(content):
+    """The configuration in the checkpoint ``content``, a dict; empty if it has none."""
+    return content["config"] if isinstance(content.get("config"), dict) else {}
+
+
 def load_weights(model, content, path, model_name=""):
     """Load the weights in ``content`` (from ``load_checkpoint(path)``) into ``model``.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import config as configuration
 from config import UserError, as_dict, data_root, parse
-from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, versions
+from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, listing_hash, read_lines
@@ -207,7 +207,7 @@ def finished(config, target):
         return False
     try:
         stored = load_checkpoint(target)
-        return (isinstance(stored.get("config"), dict) and decisive(stored["config"]) == decisive(identity(config))
+        return (decisive(stored_config(stored)) == decisive(identity(config))
                 and stored.get("inputs") == start_of(config))
     except UserError:
         return False
