@@ -304,6 +304,8 @@ class EraseConfig(SubjectConfig, ResumableConfig):
 class DetectConfig(SubjectConfig, RecordConfig):
     """``python detect.py``: does a network carry a backdoor, with which label and which trigger?"""
 
+    detector: str = option("both", "run", "what looks at the network and its inputs",
+                           choices=("both", "neural_cleanse", "strip"))
     strip_inputs: int = option(500, "strip", "clean and triggered test images that STRIP looks at, each", low=2,
                                unit="images")
     strip_overlays: int = option(100, "strip", "clean images that each is superimposed with [paper]", low=1,

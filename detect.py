@@ -5,8 +5,8 @@
 
 Neural Cleanse (defenses/neural_cleanse.py) searches the smallest trigger of every label on the clean subset; STRIP
 (strip.py) looks at inputs, clean ones and, if a trigger is known, triggered ones. Writes the reversed triggers (.pt,
-and .png of the suspected label, or of the smallest, beside the real trigger where it is known) and STRIP's histogram
-to a folder in --out, and one line of results/detect.jsonl.
+and .png of each suspected label, or of the smallest mask, beside the real trigger where it is known) and STRIP's
+histogram to a folder in --out, and one line of results/detect.jsonl.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import strip
 from config import DetectConfig, UserError
@@ -30,15 +30,20 @@ from utils.run import check_writable, identity, run_script, say
 from utils.seeds import generator
 
 # Share of the median mask below which an outlier is called a backdoor. Measured: 0.11 for the target of BadNets; 0.77
-# for the smallest mask of a clean network, whose index is above 2 only since the others are much alike.
+# for the smallest mask of a clean network, whose index is above 2 only since the others are much alike. The defense
+# ``neural_cleanse`` unlearns the triggers of these too: an erased false alarm costs less than a backdoor that stays.
 SMALL = 0.5
+CAPTION = 16  # pixels of a line of text above a row of images
 
 
-def save_picture(array, path):
-    """uint8 ``(H, W)`` or ``(C, H, W)`` as a PNG, eight times as large."""
+def enlarged(array):
+    """uint8 ``(H, W)`` or ``(C, H, W)`` as a picture eight times as large."""
     array = array.permute(1, 2, 0) if array.ndim == 3 and len(array) == 3 else array.reshape(array.shape[-2:])
     picture = Image.fromarray(array.cpu().numpy())
-    picture = picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST)
+
+
+def save_picture(picture, path):
     write_atomically(path, lambda f: picture.save(f, "PNG"))
 
 
@@ -95,7 +100,7 @@ def cleanse(subject, config, folder):
             f"little; try more --nc_steps")
     say(f"\nNeural Cleanse: {verdict(labels, sizes[suspects].tolist())} "
         f"({seconds:.0f} s; an anomaly index above 2 on the side of small masks counts)")
-    shown = suspects[0] if suspects else int(triggers.norms.argmin())
+    shown = suspects or [int(triggers.norms.argmin())]
     if config.save:
         save_triggers(triggers, index, shown, folder)
         save_examples(subject, triggers, shown, folder / "images.png")
@@ -106,21 +111,28 @@ def cleanse(subject, config, folder):
 
 
 def save_triggers(triggers, index, shown, folder):
-    """All reversed triggers in a .pt file, that number ``shown`` as pictures."""
+    """All reversed triggers in a .pt file, those numbered ``shown`` as pictures."""
     save_checkpoint(folder / "triggers.pt", {"labels": triggers.labels, "masks": triggers.masks.cpu(),
                                              "patterns": triggers.patterns.cpu(), "norms": triggers.norms.cpu(),
                                              "anomaly_indices": index.cpu(), "success": triggers.success.cpu()})
-    mask, pattern = (255 * triggers.masks[shown]).round().byte(), (255 * triggers.patterns[shown]).round().byte()
-    save_picture(mask[0], folder / "mask.png")
-    save_picture((255 * triggers.masks[shown] * triggers.patterns[shown]).round().byte(), folder / "trigger.png")
-    save_picture(pattern, folder / "pattern.png")
+    for k in shown:
+        mask, pattern = triggers.masks[k], triggers.patterns[k]
+        for name, values in (("mask", mask), ("pattern", pattern), ("trigger", mask * pattern)):
+            save_picture(enlarged((255 * values).round().byte()), folder / f"{name}-{triggers.labels[k]}.png")
 
 
 def save_examples(subject, triggers, shown, path, count=6):
-    """Test images in rows: clean, with the real trigger (if it is known), with the reversed one number ``shown``."""
+    """Test images in rows: clean, with the real trigger (if it is known), with each reversed one in ``shown``."""
     clean, real = subject.examples(count)
-    rows = [clean, *([] if real is None else [real]), triggers.stamp(clean, shown)]
-    save_picture(torch.cat([torch.cat(list(row), 2) for row in rows], 1), path)
+    rows = [("clean", clean), *([] if real is None else [(f"{subject.attack.trigger_type}, the real one", real)]),
+            *((f"reversed for label {triggers.labels[k]}", triggers.stamp(clean, k)) for k in shown)]
+    rows = [(text, enlarged(torch.cat(list(row), 2))) for text, row in rows]
+    width, height = rows[0][1].size
+    sheet = Image.new("RGB", (width, len(rows) * (CAPTION + height)), "white")
+    for k, (text, row) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((4, k * (CAPTION + height) + 2), text, fill="black")
+        sheet.paste(row, (0, k * (CAPTION + height) + CAPTION))
+    save_picture(sheet, path)
 
 
 def look_at_inputs(subject, config, folder):
@@ -140,11 +152,14 @@ def look_at_inputs(subject, config, folder):
     if subject.poisoned_test is not None:
         triggered = strip.entropies(subject.model, some(subject.poisoned_test, config.strip_inputs), overlays)
         found["far"] = round(100 * (triggered >= limit).double().mean().item(), 2)
+        exact = honest.sort().values[int(config.strip_frr * len(honest))]  # rejects just that share of these
+        found["far_at_frr"] = round(100 * (triggered >= exact).double().mean().item(), 2)
         found["auroc"] = round(strip.auroc(honest, triggered), 4)
     found["seconds"] = round(time.perf_counter() - start, 1)
     say(f"STRIP: threshold {limit:.3f} bits, set on {len(own)} clean images for {config.strip_frr:.1%} false "
         f"rejections; {found['frr']:.2f}% of clean test images are rejected"
-        + (f", {found['far']:.2f}% of triggered ones accepted, AUROC {found['auroc']:.3f}" if "far" in found else "")
+        + (f", {found['far']:.2f}% of triggered ones accepted ({found['far_at_frr']:.2f}% at just "
+           f"{config.strip_frr:.1%} of clean ones rejected), AUROC {found['auroc']:.3f}" if "far" in found else "")
         + f" ({found['seconds']:.0f} s)")
     if config.save:
         save_histogram(honest, triggered, limit, folder / "strip.png")
@@ -163,10 +178,12 @@ def main(config):
         check_writable(folder, "out")
         check_writable(Path(config.log_root), "log_root")
     subject = study(config, content, attack, device)
-    if len(subject.clean) < 2:
+    if len(subject.clean) < 2 and config.detector != "neural_cleanse":
         raise UserError("the clean subset is one image; STRIP's threshold needs at least two")
     say(f"{path}: {config.s_name} on {config.dataset}, {len(subject.clean)} clean images, {device}")
-    result = {"neural_cleanse": cleanse(subject, config, folder), "strip": look_at_inputs(subject, config, folder)}
+    detectors = {"neural_cleanse": cleanse, "strip": look_at_inputs}
+    result = {name: look(subject, config, folder) for name, look in detectors.items()
+              if config.detector in ("both", name)}
     if config.save:
         append_line(Path(config.log_root) / "detect.jsonl", {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),

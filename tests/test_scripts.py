@@ -638,7 +638,8 @@ def test_strip_sets_its_threshold_on_the_clean_subset_and_counts_both_errors(mon
     assert found["frr"] == 25, "of clean test images: 0.5"
     assert found["far"] == 40, "of triggered ones: 1 and 2.5"
     assert found["auroc"] == (1.5 + 4 + 5 + 5) / 20
-    assert "40.00% of triggered ones accepted" in capsys.readouterr().out
+    assert found["far_at_frr"] == 0, "half of 0.5, 2, 3, 4 lies below 3"
+    assert "40.00% of triggered ones accepted (0.00% at just 50.0% of clean ones" in capsys.readouterr().out
 
 
 def test_fewer_clean_images_than_a_batch_are_said(copied, capsys):
@@ -664,18 +665,31 @@ def test_detect_prints_a_verdict_and_writes_the_triggers(copied, capsys):
     (folder,) = Path("pictures").iterdir()
     stored = torch.load(folder / "triggers.pt", weights_only=True)
     assert stored["masks"].shape == (10, 1, 32, 32)
-    with Image.open(folder / "images.png") as rows:
-        rows = torch.from_numpy(np.array(rows.resize((6 * 32, 3 * 32), Image.Resampling.NEAREST)).transpose(2, 0, 1))
-    clean, real, reverse = (torch.stack(row.split(32, 2)) for row in rows.split(32, 1))
+    def pixels(path):
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB")).transpose(2, 0, 1))
+
+    rows = [row[:, detect.CAPTION:][:, ::8, ::8] for row in pixels(folder / "images.png").chunk(3, 1)]
+    assert all(len(row[:, :detect.CAPTION].unique()) > 2 for row in pixels(folder / "images.png").chunk(3, 1)), "text"
+    clean, real, reverse = (torch.stack(row.split(32, 2)) for row in rows)
     changed = (real != clean).any(1)
     assert changed[:, 29:, 29:].flatten(1).any(1).all() and not changed[:, :29].any(), "gridTrigger"
     shown = min(range(10), key=lambda k: stored["norms"][k])
     found = neural_cleanse.Triggers([0], stored["masks"][[shown]], stored["patterns"][[shown]], None)
     assert torch.equal(reverse, found.stamp(clean, 0))
-    assert {p.suffix for p in folder.iterdir()} >= {".pt", ".png"}
+    mask, pattern = found.masks[0].expand(3, 32, 32), found.patterns[0]
+    for name, values in (("mask", mask), ("pattern", pattern), ("trigger", mask * pattern)):
+        assert torch.equal(pixels(folder / f"{name}-{shown}.png")[:, ::8, ::8], (255 * values).round().byte())
+    assert not list(folder.glob(f"mask-{(shown + 1) % 10}.png"))
     shutil.rmtree("pictures")
     assert run_script(detect.main, DetectConfig, [*quick, "--layers", "block1"]) == 2
     assert "--layers: is for erasing and pictures" in capsys.readouterr().err
     assert run_script(detect.main, DetectConfig, [*quick, "--trigger_type", "none", "--save", "0"]) == 0
     assert "AUROC" not in capsys.readouterr().out
     assert not Path("pictures").exists()
+    for name, word, other in (("strip", "STRIP: threshold", "Neural Cleanse: "),
+                              ("neural_cleanse", "Neural Cleanse: ", "STRIP: threshold")):
+        assert run_script(detect.main, DetectConfig, [*quick, "--detector", name]) == 0
+        out = capsys.readouterr().out
+        assert word in out and other not in out
+        assert {"neural_cleanse", "strip"}.intersection(lines("results/detect.jsonl")[-1]) == {name}
