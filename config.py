@@ -428,7 +428,9 @@ def read_config(path, cls, read_checkpoint):
             text = Path(file).read_text(encoding="utf-8")
             if file.endswith(".jsonl"):
                 lines = text.splitlines()
-                line = len(lines) if line is None else line
+                line = max((k for k, t in enumerate(lines, 1) if t.strip()), default=1) if line is None else line
+                if not lines:
+                    raise UserError(f"--config: {file} is empty")
                 if not 1 <= line <= len(lines):
                     raise UserError(f"--config: {file} has {len(lines)} lines, line {line} was asked for")
                 text = lines[line - 1]

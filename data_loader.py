@@ -60,6 +60,8 @@ class DatasetCL(TensorData):
         if full_dataset is None:
             full_dataset = load_data(opt, train=True)
         full = as_tensor_data(full_dataset)
+        if not 0 < opt.ratio <= 1:
+            raise UserError(f"--ratio: a share above 0 and up to 1 is needed, got {opt.ratio}")
         labels = full.labels.cpu()
         sizes = torch.bincount(labels, minlength=full.n_classes)
         counts = [int(opt.ratio * int(n) + 0.5) for n in sizes]
@@ -283,8 +285,23 @@ def cached(path, fingerprint, make):
     return images, labels
 
 
+def images_below(folder):
+    """The paths of the images anywhere below ``folder``, relative to it and sorted."""
+    return sorted(os.path.relpath(os.path.join(place, name), folder)
+                  for place, _, names in os.walk(folder, followlinks=True) for name in filter(is_image, names))
+
+
+def as_rgb(image):
+    """The PIL ``image`` with 8 bits a channel; of 16 bits, which ``convert`` would cut off at 255, the upper 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of an unknown range")
+    return image.convert("RGB")
+
+
 def load_folder(root, split, size, dataset):
-    """The images below ``root/split/<class>/``, RGB, resized to ``size`` x ``size`` where they differ."""
+    """The images anywhere below ``root/split/<class>/``, RGB, resized to ``size`` x ``size`` where they differ."""
     both = {}
     for part in ("train", "test"):
         folder = root / part
@@ -298,19 +315,17 @@ def load_folder(root, split, size, dataset):
     files, labels, stamp = [], [], hashlib.sha256(f"{classes}".encode())
     for label, name in enumerate(classes):
         folder = root / split / name
-        found = []
-        if folder.is_dir():
-            found = sorted((e for e in os.scandir(folder) if is_image(e.name)), key=lambda e: e.name)
+        found = images_below(folder)
         if not found:
             raise UserError(f"--data_root {root}: {folder} has no images, but class {name!r} of the training set "
                             f"needs some ({', '.join(IMAGE_ENDINGS)})")
-        for e in found:
+        for path in found:
             try:
-                info = e.stat()
-            except OSError as error:
-                raise UserError(f"--data_root {root}: the image {e.path} cannot be read: {error.strerror}") from None
-            stamp.update(f"{name}/{e.name} {info.st_size} {info.st_mtime_ns}\n".encode())
-        files += [e.path for e in found]
+                info = os.stat(folder / path)
+            except OSError as e:
+                raise UserError(f"--data_root {root}: the image {folder / path} cannot be read: {e.strerror}") from None
+            stamp.update(f"{name}/{path} {info.st_size} {info.st_mtime_ns}\n".encode())
+        files += [str(folder / path) for path in found]
         labels += [label] * len(found)
     extra = sorted(set(both["test"]) - set(classes))
     if extra:
@@ -319,7 +334,7 @@ def load_folder(root, split, size, dataset):
     def read(path):
         try:
             with Image.open(path) as image:
-                image = image.convert("RGB")
+                image = as_rgb(image)
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)

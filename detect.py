@@ -21,7 +21,7 @@ import strip
 from config import DetectConfig, UserError
 from defenses import neural_cleanse
 from subject import opened, study
-from utils.checkpoint import file_hash, save_checkpoint, versions
+from utils.checkpoint import file_hash, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
 from utils.files import append_line, write_atomically
@@ -144,13 +144,17 @@ def look_at_inputs(subject, config, folder):
         return data.images[torch.randperm(len(data), generator=gen)[:n].to(data.images.device)]
 
     overlays = some(clean, config.strip_overlays)
-    own = strip.entropies(subject.model, some(clean, config.strip_inputs), overlays)
+    def entropies(name, images):
+        with TerminalProgress().bar(f"STRIP, {name}", 0, 1, len(images)) as bar:
+            return strip.entropies(subject.model, images, overlays, bar)
+
+    own = entropies("clean subset", some(clean, config.strip_inputs))
     limit = strip.threshold(own, config.strip_frr)
-    honest = strip.entropies(subject.model, some(subject.test, config.strip_inputs), overlays)
+    honest = entropies("clean", some(subject.test, config.strip_inputs))
     found = {"threshold": round(limit, 4), "frr": round(100 * (honest < limit).double().mean().item(), 2)}
     triggered = None
     if subject.poisoned_test is not None:
-        triggered = strip.entropies(subject.model, some(subject.poisoned_test, config.strip_inputs), overlays)
+        triggered = entropies("triggered", some(subject.poisoned_test, config.strip_inputs))
         found["far"] = round(100 * (triggered >= limit).double().mean().item(), 2)
         exact = honest.sort().values[int(config.strip_frr * len(honest))]  # rejects just that share of these
         found["far_at_frr"] = round(100 * (triggered >= exact).double().mean().item(), 2)
@@ -188,7 +192,8 @@ def main(config):
         append_line(Path(config.log_root) / "detect.jsonl", {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": identity(config),
             "inputs": {"s_model": file_hash(path)}, "data": subject.source,
-            "attack": subject.about()["attack"], **result, "machine": hardware(device, config.amp),
+            "attack": subject.about()["attack"], "erased": stored_config(content).get("defense", ""), **result,
+            "machine": hardware(device, config.amp),
             "versions": versions()})
         say(f"saved: {folder}, and a line in {Path(config.log_root) / 'detect.jsonl'}")
 

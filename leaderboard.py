@@ -22,8 +22,9 @@ MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the other
 REFERENCE = "clean network"  # what main.py calls the network of --reference
 WIDE = 8  # columns of a table
 MARKS = "os^Dv<>P*Xph"  # of the rows in a figure
+PAPER = {"nad": (2.6, 7.2)}  # its paper's means over the six: points of ACC lost, ASR
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
-    "sage": {"BadNets": (None, 10.11), "Trojan": (None, 19.42), "WaNet": (None, 6.79)},  # its paper's
+    "sage": {"BadNets": (None, 10.11), "Trojan": (None, 19.42), "WaNet": (None, 6.79)},  # its paper's, with 1% clean
     "": {"BadNets": (91.32, 95.03), "Blend": (93.47, 99.92), "CL": (84.59, 99.92), "SIG": (84.48, 98.27),
          "WaNet": (91.25, 89.73), "Input-aware": (90.67, 98.26), "Trojan": (93.42, 100)},
     "finetune": {"BadNets": (89.96, 1.48), "Blend": (92.78, 96.11), "CL": (90.6, 11.53), "SIG": (90.8, 2.37),
@@ -38,6 +39,10 @@ REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 1
             "WaNet": (85.73, 0.43), "Input-aware": (90.36, 1.64), "Trojan": (86.87, 0.2)},
     "ibau": {"BadNets": (89.16, 1.29), "Blend": (87.0, 50.53), "WaNet": (89.49, 5.21), "Input-aware": (89.17, 27.08),
              "Trojan": (90.37, 2.91)}}
+
+BRACKETS = ("In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
+            "another network and other implementations; for NAD's means its paper (WRN-16-1, 5% clean), for SAGE its "
+            "paper (ResNet-18, 1% clean).")
 
 
 def spread(values, digits=2):
@@ -211,25 +216,37 @@ def parted(rows, columns):
     return {row: found for row, found in rows.items() if row not in few}, few
 
 
+def has_reports(records, columns, shared):
+    """Whether others report something for ``records``, which all have the options ``shared``."""
+    known = any(column in found for found in REPORTED.values() for column in columns)
+    return known and records[0]["config"]["dataset"] == "CIFAR10" and not shared
+
+
+def bracket(defense, column, key, config=None):
+    """What others report for the attack ``column`` and ``defense`` ('' for none), as " (97.25)"; '' if nobody does, or
+    if ``config`` of a run has options that they had not."""
+    theirs = [("ratio", 0.01)] if defense == "sage" else []
+    acc, asr = REPORTED.get(defense, {}).get(column, (None, None))
+    value = {"clean_acc": acc, "asr": asr, "ra": None}[key]
+    return "" if value is None or (config and changed(config) != theirs) else f" ({value:g})"
+
+
 def block(name, records):
     """Tables of one setting: means over the attacks, then ACC, ASR and RA of each; those of ``on_fewer``."""
     rows, columns, before, shared, long = arranged(records)
     rows, few = parted(rows, columns)
-    known = any(column in found for found in REPORTED.values() for column in columns)
-    reported = REPORTED if known and records[0]["config"]["dataset"] == "CIFAR10" and not shared else {}
-    out = [heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records)), ""]
+    reported = has_reports(records, columns, shared)
+    out = [heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records), reported), ""]
     metrics = (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA"))
     for start, (k, title) in itertools.product(range(0, len(columns), WIDE), metrics):
-        out += [*by_attack(rows, columns[start:start + WIDE], before, k, title, shared, reported), ""]
+        out += [*by_attack(rows, columns[start:start + WIDE], before, k, title, reported), ""]
     out += options_of(rows, long)
-    if reported:
-        out += ["In brackets: BackdoorBench's leaderboard (PreActResNet-18, lossless images, 10% poisoned, 5% clean), "
-                "another network and other implementations; for SAGE its paper (ResNet-18, 1% clean).", ""]
-    out += on_fewer(few, rows, columns, before, long)
+    out += [BRACKETS, ""] if reported else []
+    out += on_fewer(few, rows, columns, before, long, reported)
     return "\n".join([*out, measured_on(records)])
 
 
-def on_fewer(few, rows, columns, before, long):
+def on_fewer(few, rows, columns, before, long, reported):
     """A table for each set of seeds of ``few``, the recipes that were measured on fewer attacks: accuracy lost and ASR,
     under the defenses as they stand, of ``rows``, with the same seeds."""
     by_seeds, everything, out = {}, {**rows, **few}, []
@@ -247,7 +264,9 @@ def on_fewer(few, rows, columns, before, long):
             for a in here:
                 runs = [r for s, r in everything[row].get(a, {}).items() if s in seeds]
                 points = [lost(before[a], r) for r in runs]
-                cells.append(f"{spread(points, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}" if runs else "")
+                beside = bracket(configs[row]["defense"], a, "asr", configs[row]) if reported and row in chosen else ""
+                cells.append(f"{spread(points, 1)} / {spread([outcome(r)['asr'] for r in runs], 1)}{beside}" if runs
+                             else "")
             label = f"{row.rpartition(' [')[0]}, {long[row]}" if row in long else row
             out.append(f"| {label} | {' | '.join(cells)} |")
         out.append("")
@@ -274,10 +293,11 @@ def ranked(rows):
 def short_block(name, records):
     """Means over the paper's six attacks and the ASR of each attack, for the rows of ``ranked``."""
     rows, columns, before, shared, long = arranged(records)
-    rows = ranked(rows)
+    rows, reported = ranked(rows), has_reports(records, columns, shared)
     return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
-                      *summary(rows, list(SIX), before, usual_machine(records)), "",
-                      *by_attack(rows, columns, before, "asr", "ASR", shared, {}), "", measured_on(records)])
+                      *summary(rows, list(SIX), before, usual_machine(records), reported), "",
+                      *by_attack(rows, columns, before, "asr", "ASR", reported), "",
+                      *([BRACKETS, ""] if reported else []), measured_on(records)])
 
 
 def heading(name, rows, shared):
@@ -286,25 +306,22 @@ def heading(name, rows, shared):
     return f"**{', '.join([name, *shared])}; seeds in a cell: {count}.**"
 
 
-def by_attack(rows, columns, before, key, title, shared, reported):
-    """The table of one metric, a column an attack; what others ``reported`` in brackets beside rows without options
-    of their own."""
-    def beside(defense, column):
-        acc, asr = reported.get(defense, {}).get(column, (None, None))
-        value = {"clean_acc": acc, "asr": asr, "ra": None}[key]
-        return "" if value is None else f" ({value:g})"
+def by_attack(rows, columns, before, key, title, reported):
+    """The table of one metric, a column an attack; in brackets what others ``reported``, if that is true."""
+    def beside(*args):
+        return bracket(*args) if reported else ""
 
     out = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|",
-           f"| backdoored | {' | '.join(spread([before[a][key]], 1) + beside('', a) for a in columns)} |"]
+           f"| backdoored | {' | '.join(spread([before[a][key]], 1) + beside('', a, key) for a in columns)} |"]
     for row, found in rows.items():
         if found.keys().isdisjoint(columns):
             continue
         cells = []
         for a in columns:
             runs = list(found.get(a, {}).values())
-            plain = row != REFERENCE and runs and set(changes(runs[0]["config"])) <= set(shared)
             cells.append((spread([outcome(r)[key] for r in runs], 1) if runs else "")
-                         + (beside(runs[0]["config"]["defense"], a) if plain else ""))
+                         + (beside(runs[0]["config"]["defense"], a, key, runs[0]["config"])
+                            if runs and row != REFERENCE else ""))
         out.append(f"| {row} | {' | '.join(cells)} |")
     return out
 
@@ -341,9 +358,10 @@ def lost(before, record):
     return before["clean_acc"] - outcome(record)["clean_acc"]
 
 
-def summary(rows, columns, before, machine):
+def summary(rows, columns, before, machine, reported):
     """Means over the attacks, those of the paper if all six are there and all of them, for rows that have the same
-    seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``."""
+    seeds for each attack; deviations are over the seeds. Seconds are those on ``machine``. In brackets what papers
+    report, if ``reported``."""
     sets = [("the paper's six", list(SIX))] if {*SIX} <= {*columns} else []
     if {*SIX} != {*columns}:
         sets.append((f"{len(columns)} attack{'s' * (len(columns) > 1)}", columns))
@@ -359,6 +377,11 @@ def summary(rows, columns, before, machine):
             if all(set(found[a]) == seeds for a in chosen):
                 cells += [spread([statistics.mean(measure(a, found[a][s]) for a in chosen) for s in sorted(seeds)])
                           for measure in (lambda a, r: lost(before[a], r), lambda _, r: outcome(r)["asr"])]
+                config = found[chosen[0]][min(seeds)]["config"]
+                if (reported and row != REFERENCE and {*chosen} == {*SIX} and config["defense"] in PAPER
+                        and not changed(config)):
+                    theirs = PAPER[config["defense"]]
+                    cells[-2:] = [f"{own} ({value:g})" for own, value in zip(cells[-2:], theirs, strict=True)]
             else:
                 cells += ["", ""]
         seconds = [s for runs in found.values() for r in runs.values()

@@ -12,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import defenses
 from attacks import must_be_clean
-from config import EraseConfig, file_name, not_default, unused, weight_root
+from config import EraseConfig, UserError, file_name, not_default, unused, weight_root
 from defenses.finetune import TRAINING
 from leaderboard import REFERENCE
 from subject import opened, study
-from utils.checkpoint import load_checkpoint, save_checkpoint, versions
+from utils.checkpoint import load_checkpoint, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, use_bf16
 from utils.engine import evaluate
 from utils.run import Journal, check_writable, finished, identity, run_script, say, table
@@ -54,10 +56,28 @@ def notes(config, n, side):
     own = f"{config.defense}_batch_size"
     name = own if hasattr(config, own) else "batch_size"
     size = getattr(config, name)
+    read, usual = defenses.reads(config.defense), EraseConfig.batch_size
+    rates = sorted(option for option in read if option.endswith("lr") and option != "nc_lr")
+    if config.batch_size < usual and "batch_size" in read and given.isdisjoint(rates):
+        scaled = " ".join(f"--{rate} {getattr(config, rate) * config.batch_size / usual:.3g}" for rate in rates)
+        found.append(f"--batch_size {config.batch_size}: the learning rates are meant for {usual} and may destroy the "
+                     f"network; in proportion they are {scaled}")
     if n < size and (config.beside or name in defenses.reads(config.defense)):
         found.append(f"{n} clean images are fewer than --{name} {size}: an epoch of training is one step on all of "
                      f"them")
     return found
+
+
+def replaces(target, config):
+    """Say whose network at ``target`` the run with ``config`` will replace, if it is that of another run."""
+    try:
+        before = stored_config(load_checkpoint(target)) if target.exists() else {}
+    except UserError:
+        return
+    names = ("s_model", "defense", "seed")
+    if any(name in before and before[name] != getattr(config, name) for name in names):
+        about = ", ".join(f"--{name} {before[name]}" for name in names if name in before)
+        say(f"note: {target} will be replaced; it is of {about}; --checkpoint_root DIR keeps both")
 
 
 def main(config):
@@ -78,6 +98,7 @@ def main(config):
         say(f"already finished: {target}")
         return
     if config.save:
+        replaces(target, config)
         check_writable(target.parent, "checkpoint_root")
         check_writable(teacher_file.parent, "teacher_root")
         check_writable(Path(config.log_root), "log_root")
@@ -86,7 +107,7 @@ def main(config):
     model, clean, test = subject.model, subject.clean, subject.test
     reference = subject.another(clean_content, config.reference, config.s_name) if clean_content else None
     defenses.check(model, clean, config)
-    for text in notes(config, len(clean), min(clean.shape[1:])):
+    for text in [*notes(config, len(clean), min(clean.shape[1:])), *defenses.advice(model, clean, config)]:
         say(f"note: {text}")
     say(f"{config.s_model}: {config.s_name} on {config.dataset}, {len(clean)} clean images, {len(test)} test images, "
         f"{subject.attack.trigger_type}, {device}{', bf16' if amp else ''}, seed {config.seed}")
@@ -125,6 +146,8 @@ def main(config):
     def timed(erase, model):
         start, other = time.perf_counter(), journal.other
         erased = erase(model, clean, config, journal)
+        if not isinstance(erased, torch.nn.Module):
+            raise UserError(f"{erase.__module__}: erase must return the new network, it returned {erased!r}")
         return erased, time.perf_counter() - start + journal.other - other  # of this process, if it was resumed
 
     seconds = {}
@@ -136,6 +159,10 @@ def main(config):
         seconds[defenses.title(kind)] = round(before + spent, 2)
         rows[defenses.title(kind)] = metrics = measure(erased)
     say("\n" + table(rows) + "\n")
+    whole = next(iter(rows.values()))["clean_acc"]
+    for name, metrics_of in rows.items():
+        if metrics_of["clean_acc"] < whole / 2:
+            say(f"note: {name}: more than half of the accuracy is gone; a low ASR says nothing then")
     content = {"state_dict": erased.state_dict(), "epoch": config.epochs,
                "optimizer": journal.optimizer(config.defense), **metrics, **about}
     journal.finish(content, rows, "main.jsonl", subject.source, attack=about["attack"], defense_seconds=seconds)

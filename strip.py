@@ -18,8 +18,11 @@ from utils.data import to_float
 
 
 @torch.inference_mode()
-def entropies(model, images, overlays):
-    """H in bits, float32 ``(N,)``, of uint8 ``images`` (N, C, H, W) under uint8 ``overlays`` (K, C, H, W)."""
+def entropies(model, images, overlays, bar=None):
+    """H in bits, float32 ``(N,)``, of uint8 ``images`` (N, C, H, W) under uint8 ``overlays`` (K, C, H, W).
+
+    ``bar.update()`` is called for each image.
+    """
     device = next(model.parameters()).device
     model.eval()
     overlays, found = overlays.to(device).short(), []
@@ -27,6 +30,8 @@ def entropies(model, images, overlays):
         mixed = (image + overlays).clamp_(0, 255).to(torch.uint8)
         log_p = model(to_float(mixed)).float().log_softmax(1)
         found.append(-(log_p.exp() * log_p).sum(1).mean())
+        if bar is not None:
+            bar.update()
     return torch.stack(found).cpu() / math.log(2)
 
 

@@ -8,7 +8,7 @@ import torch
 import attacks
 from config import AttackConfig, UserError, convert, not_default, student_file
 from data_loader import DatasetCL, backdoor_tests, load_data
-from models import select_model
+from models import check_name, select_model
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import TensorData
 from utils.engine import clone
@@ -26,6 +26,7 @@ def student_path(config):
         return Path(config.s_model)
     path = student_file(config)
     if not path.exists():
+        check_name(config.s_name)
         raise UserError(f"no backdoored network at {path}: train it with train_badnet.py --dataset {config.dataset} "
                         f"--s_name {config.s_name}, or name another with --s_model")
     return path

@@ -25,7 +25,7 @@ from data_loader import load_data
 from defenses import linf_pruning, neural_cleanse
 from models import Features, feature_layers
 from subject import opened, study
-from utils.channels import channel_norms, last_layer
+from utils.channels import channel_norms, counts, last_layer
 from utils.checkpoint import load_checkpoint, stored_config
 from utils.data import to_float
 from utils.devices import choose_device
@@ -36,6 +36,7 @@ from utils.run import check_writable, run_script, say
 
 LEARNED = {"inputAwareTrigger": "input_aware"}  # their networks' folders below --weights
 ROWS_A_COLUMN = 10
+NORMS = {"linf": "l-inf", "l2": "l2", "l1": "l1"}
 
 
 def triggered(options, config, train, image):
@@ -187,13 +188,14 @@ def gradcam(config):
 
 
 def channels(config):
-    """Per channel: l-inf norm on clean and triggered test images; histograms of what the trigger adds to each norm."""
+    """Per channel: l-inf norm on clean and triggered test images; histograms of each norm on both, and of what the
+    trigger adds to it. Prints how far the channel that is raised most stands out of all."""
     plt = pyplot()
     subject = known_trigger(config)
     layer = last_layer(subject.model, subject.clean.images, config.prune_layer)
     clean = channel_norms(subject.model, layer, subject.test.images[subject.poisoned_test.poisoned])
     stamped = channel_norms(subject.model, layer, subject.poisoned_test.images)
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
     order = clean["linf"].argsort(descending=True).cpu()
     for axis in axes[0, 1:]:
         axis.remove()
@@ -203,10 +205,16 @@ def channels(config):
     wide.plot(stamped["linf"].cpu()[order], drawstyle="steps-mid", label="triggered")
     wide.set(xlabel=f"channel of {layer}, by its norm on clean images", ylabel="mean l-inf norm")
     wide.legend()
-    for axis, (name, title) in zip(axes[1], (("linf", "l-inf"), ("l2", "l2"), ("l1", "l1")), strict=True):
+    for (both, difference), (name, title) in zip(axes[1:].T, NORMS.items(), strict=True):
         added = (stamped[name] - clean[name]).cpu()
-        axis.hist(added / added.std().clamp(min=1e-12), 30)
-        axis.set(title=f"{title} norm", xlabel="added by the trigger / standard deviation", ylabel="channels")
+        both.hist([clean[name].cpu().numpy(), stamped[name].cpu().numpy()], 20, label=["clean", "triggered"])
+        both.set(xlabel=f"mean {title} norm", ylabel="channels")
+        both.legend()
+        difference.hist((added / added.std().clamp(min=1e-12)).numpy(), 30)
+        difference.set(xlabel=f"added to the {title} norm / standard deviation", ylabel="channels")
+        apart = (added.max() - added.mean()) / added.std().clamp(min=1e-12)
+        say(f"{title:<5}  channel {int(added.argmax())} of {layer} is raised most, {apart:.1f} standard deviations "
+            f"above the mean of all")
     figure.suptitle(f"{subject.attack.trigger_type}, {config.s_name}", fontsize=10)
     save(figure, config, "channels")
 
@@ -226,18 +234,20 @@ def threshold(config):
 
     def measure(pruned):
         result = evaluate(pruned, subject.test, subject.poisoned_test, subject.aim)
+        bar.update()
         return result["clean_acc"], result["asr"]
 
     raised = neural_cleanse.raised(model, layer, subject.clean.images, found, [0])
-    for axis, norm in zip(axes, ("linf", "l2", "l1"), strict=True):
-        points = linf_pruning.sweep(model, layer, raised[norm].argsort(descending=True), measure)
+    for axis, (norm, title) in zip(axes, NORMS.items(), strict=True):
+        with tqdm(total=len(counts(len(raised[norm]))), desc=title, leave=False, disable=None) as bar:
+            points = linf_pruning.sweep(model, layer, raised[norm].argsort(descending=True), measure)
         for limit in (50, 10):
             k, acc, asr = next((p for p in points if p[2] < limit), points[-1])
-            say(f"{norm:<4}  ASR {asr:5.2f} with {k} channels of {layer} pruned, {points[0][1] - acc:.2f} points of "
+            say(f"{title:<5}  ASR {asr:5.2f} with {k} channels of {layer} pruned, {points[0][1] - acc:.2f} points of "
                 f"ACC lost{'' if asr < limit else f': never below {limit}'}")
         axis.plot([p[0] for p in points], [p[1] for p in points], label="ACC")
         axis.plot([p[0] for p in points], [p[2] for p in points], label="ASR")
-        axis.set(xlabel=f"channels of {layer} pruned, {norm.replace('linf', 'l-inf')} norm", ylim=(0, 101))
+        axis.set(xlabel=f"channels of {layer} pruned, {title} norm", ylim=(0, 101))
     axes[0].set_ylabel("percent of the test set")
     axes[0].legend()
     figure.suptitle(f"{subject.attack.trigger_type}, trigger reversed for label {found.labels[0]}", fontsize=10)
@@ -255,13 +265,16 @@ def curves(config):
         if "clean_acc" in e:
             stages.setdefault(e["stage"], []).append(e)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    start = runs[-1]["metrics"].get("backdoored", {})  # before erasing; a run of train_badnet.py has none
     for axis, key, title in zip(axes, ("clean_acc", "asr"), ("ACC", "ASR"), strict=True):
         for stage, epochs in stages.items():
-            if epochs[0][key] is not None:
-                axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], marker=".", label=stage)
-        axis.set(xlabel="epoch", ylabel=f"{title}, percent")
+            points = [(e["epoch"], e[key]) for e in [{"epoch": 0, key: start.get(key)}, *epochs] if e[key] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=stage)
+        axis.set(xlabel="epoch", ylabel=f"{title}, percent", ylim=(None, 101))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    about = runs[-1]["config"]
+    about = {**runs[-1]["config"], **runs[-1].get("attack", {})}
     figure.suptitle(", ".join(about[name] for name in ("trigger_type", "s_name", "defense") if about.get(name)),
                     fontsize=10)
     save(figure, config, "curves")

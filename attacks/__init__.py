@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import fields
 
 from attacks.base import (
@@ -20,6 +21,8 @@ from config import AttackConfig
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
+OURS = ("base", "blend", "clean_label", "four_corner", "grid", "input_aware", "multi", "random_pixel", "refool",
+        "shape", "signal", "square", "trojan", "wanet")
 SHAPES = ("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant", "semicircle")
 PRESETS = {  # the attacks of the papers by name: the options that differ from the defaults of AttackConfig
     "BadNets": {},
@@ -53,6 +56,12 @@ PRESETS = {  # the attacks of the papers by name: the options that differ from t
 }
 EVERY = ("trigger_type", "target_type", "target_label", "inject_portion", "cover_portion", "trigger_seed")
 OWN_CHOICE = ("trigger_seed", "clean_model")  # do not make another attack
+
+
+def own_file(trigger_type):
+    """The file of the trigger ``trigger_type``, one that is not this project's, or ''; see ``defenses.own_file``."""
+    module = sys.modules[getattr(TRIGGERS.get(trigger_type), "__module__", "attacks.base")]
+    return "" if module.__name__.rpartition(".")[2] in OURS else module.__file__
 
 
 def without_unused(options):

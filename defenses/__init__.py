@@ -4,9 +4,10 @@
 
 A defense is a module with ``erase(model, clean_data, config, progress=None) -> model``: a new model; the one given
 stays bit-identical. It sees the clean subset only, never the trigger and never the test set. ``check(model, clean_data,
-config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``TITLE`` is its name in
-tables; ``USES`` are groups of options that it reads beside "erasing" and the one that carries its name, ``IGNORES``
-options of these that it does not read.
+config)``, if it has one, raises ``UserError`` for what will not do before anything is trained; ``advice(model,
+clean_data, config)`` gives lines that the user should read before; ``TITLE`` is its name in tables; ``USES`` are groups
+of options that it reads beside "erasing" and the one that carries its name, ``IGNORES`` options of these that it does
+not read.
 """
 
 import functools
@@ -14,8 +15,11 @@ import importlib
 import pkgutil
 from dataclasses import fields
 
+import config as configuration
 from config import EraseConfig, UserError, default_of
 
+OURS = ("anp", "clp", "fine_pruning", "finetune", "ftsam", "ibau", "linf_pruning", "mcr", "nad", "neural_cleanse",
+        "pruning", "sage")
 NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -26,8 +30,15 @@ def get(name):
     return importlib.import_module(f"defenses.{name}")
 
 
+def own_file(name):
+    """The file of the defense ``name``, one that is not this project's, or ''. Its text is a part of what decides a
+    result; that of ours is not, since it changes without changing results (see ``benchmark.VERSION``)."""
+    return "" if name in ("", *OURS) else get(name).__file__
+
+
 def check(model, clean_data, config):
     """Raise ``UserError`` if ``config.first`` or ``config.defense`` cannot erase ``model`` with ``clean_data``."""
+    configuration.check(config)
     if config.freeze_bn and config.precise_bn:
         raise UserError("--precise_bn: takes anew what --freeze_bn keeps; one of them has to go")
     if config.t_name and not config.t_model:
@@ -36,6 +47,12 @@ def check(model, clean_data, config):
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):
             get(name).check(model, clean_data, config)
+
+
+def advice(model, clean_data, config):
+    """What the user of ``config`` should know about ``model`` before it is erased: lines of text."""
+    module = get(config.defense)
+    return module.advice(model, clean_data, config) if hasattr(module, "advice") else []
 
 
 def begin(model, clean_data, config, progress=None):

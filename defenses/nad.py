@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from at import at_loss
-from config import UserError
+from config import UserError, not_default
 from defenses.finetune import clean_batches, recipe, tune
 from defenses.ftsam import SAMLoss
 from models import Features, check_order, feature_layers, needs_pixels, select_model
@@ -20,6 +20,7 @@ from utils.data import to_float
 from utils.engine import clone, cross_entropy, fit
 
 USES = ("attention", "teacher")
+SIDES = (32, 16, 8)  # of the feature maps that the default betas are meant for
 
 
 class NADLoss:
@@ -96,6 +97,23 @@ def check(model, clean_data, config):
     student, images = clone(model).eval(), to_float(clean_data.images[:2])
     make_loss(student, teacher, config)(student, images, clean_data.labels[:2])
     check_order(student, feature_layers(model, config.layers), images)
+
+
+def advice(model, clean_data, config):
+    """A line about the betas, if they are the default ones and the feature maps are of another size than theirs."""
+    betas, names = [config.beta1, config.beta2, config.beta3], ("beta1", "beta2", "beta3")
+    if config.at_loss != "demo" or not {*names}.isdisjoint(not_default(config)):
+        return []
+    with Features(model, feature_layers(model, config.layers)) as taken, torch.no_grad():
+        model(to_float(clean_data.images[:2]))
+        sizes = [f.shape[2:] for f in taken.outputs()][:3]
+    scaled = [beta * (h * w) / side**2 for beta, (h, w), side in zip(betas, sizes, SIDES, strict=False)]
+    if scaled == betas[:len(scaled)]:
+        return []
+    here = ", ".join(f"{h} x {w}" for h, w in sizes)
+    alike = " ".join(f"--{name} {beta:.3g}" for name, beta in zip(names, scaled, strict=False))
+    return [f"the default betas are for attention maps of 32 x 32, 16 x 16 and 8 x 8 pixels, here they have {here}: "
+            f"the same weight is {alike}"]
 
 
 def erase(model, clean_data, config, progress=None, teacher=None):

@@ -47,7 +47,7 @@ def rate_factor(losses, interval, rho):
 
 def stages(model, config):
     """The names of the layers that paths count from 1. Raises ``UserError`` if there are fewer than two."""
-    layers = feature_layers(model, config.layers)
+    layers = Features(model, feature_layers(model, config.layers)).layers  # refuses unknown names
     if len(layers) < 2:
         raise UserError(f"--defense sage: needs at least two stages to distil between, {type(model).__name__} has "
                         f"{len(layers)}; name more with --layers")

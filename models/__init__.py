@@ -1,5 +1,6 @@
 """Architectures by name. Models take images in [0, 1] and return logits, nothing else."""
 
+import contextlib
 import re
 
 import torch
@@ -34,6 +35,12 @@ def build(name, n_classes, in_channels=3, image_size=32):
     if name.startswith("torchvision:"):
         return build_torchvision(name.partition(":")[2], n_classes, in_channels, image_size)
     raise UserError(f"--s_name {name}: {', '.join(NAMES)}, WRN-<depth>-<width> or torchvision:<name> is allowed")
+
+
+def check_name(name):
+    """Raise ``UserError`` if there is no architecture ``name``."""
+    with torch.device("meta"), contextlib.suppress(RuntimeError):
+        build(name, 2, image_size=64)
 
 
 def build_torchvision(name, n_classes, in_channels, image_size):

@@ -345,10 +345,12 @@ def test_short_leaderboard_by_hand():
         "NAD [a]: `--lr 0.3 --beta1 0.0 --p 4.0`\n\n"
         "| | ACC lost, the paper's six | ASR, the paper's six | seeds | seconds |\n|---|---|---|---|---|\n"
         "| CLP, then NAD, `p 4.0` | 2.00 | 6.00 ± 1.00 | 3 | 30 |\n| NAD [a] | 2.00 | 8.00 ± 1.00 | 3 | 30 |\n"
-        "| CLP | 2.00 | 11.00 ± 1.00 | 3 | 30 |\n| NAD | 2.00 | 3.00 | 1 | 30 |\n\n| ASR | " + head
-        + "| backdoored |" + 7 * " 99.9 |" + "\n| CLP, then NAD, `p 4.0` |" + 6 * " 6.0 ± 1.0 |" + "  |"
-        "\n| NAD [a] |" + 6 * " 8.0 ± 1.0 |" + "  |\n| CLP |" + 6 * " 11.0 ± 1.0 |" + "  |\n| NAD |" + 6 * " 3.0 |"
-        + " 6.0 |\n\nMeasured on: cpu, torch 2.")
+        "| CLP | 2.00 | 11.00 ± 1.00 | 3 | 30 |\n| NAD | 2.00 (2.6) | 3.00 (7.2) | 1 | 30 |\n\n| ASR | " + head
+        + "| backdoored | 99.9 (95.03) | 99.9 (100) | 99.9 (99.92) | 99.9 (99.92) | 99.9 (98.27) | 99.9 "
+        "| 99.9 (89.73) |\n| CLP, then NAD, `p 4.0` |" + 6 * " 6.0 ± 1.0 |" + "  |"
+        "\n| NAD [a] |" + 6 * " 8.0 ± 1.0 |" + "  |\n| CLP |" + 6 * " 11.0 ± 1.0 |" + "  |"
+        "\n| NAD | 3.0 (2.14) | 3.0 (3.73) | 3.0 (97.69) | 3.0 (10.5) | 3.0 (10.66) | 3.0 | 6.0 (22.98) |\n\n"
+        + leaderboard.BRACKETS + "\n\nMeasured on: cpu, torch 2.")
     five = runs(2.0, (1, 2, 3), *leaderboard.SIX[1:])
     assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
 
@@ -362,7 +364,8 @@ def test_a_network_without_a_backdoor_comes_first():
     assert "clean network" not in leaderboard.render_short(records)
     records = [with_reference(r, 6.0) if r["config"]["seed"] == 2 else r for r in records]
     text = leaderboard.render(records)
-    assert "|---|---|---|---|---|\n| clean network | -0.50 | 6.00 | 1 |  |\n| NAD | 2.00 | 2.00 | 3 | 30 |" in text
+    assert ("|---|---|---|---|---|\n| clean network | -0.50 | 6.00 | 1 |  |\n| NAD | 2.00 (2.6) | 2.00 (7.2) | 3 | 30 |"
+            in text)
     assert "| backdoored | 99.9 (95.03)" in text
     assert "\n| clean network |" + 6 * " 6.0 |" + "\n| NAD | 2.0 (2.14) |" in text, "nobody reported it"
     assert "|\n| clean network | -0.50 | 6.00 | 1 |  |\n| NAD" in leaderboard.render_short(records)
@@ -447,8 +450,12 @@ def test_reported_numbers_stand_in_brackets():
     assert "| NAD | 2.0 (2.14) |" in text
     assert "| NAD, `p 4.0` | 9.0 |" in text
     assert "In brackets: BackdoorBench" in text
-    assert "| SAGE | 80.0 |" in leaderboard.render([line(1, 2.0, "sage")])
-    assert "| SAGE | 2.0 (10.11) |" in leaderboard.render([line(1, 2.0, "sage")])
+    assert "| SAGE | 2.0 |" in leaderboard.render([line(1, 2.0, "sage")]), "with 5% clean images nobody does"
+    six = [line(1, 2.0, attack=a) for a in leaderboard.SIX]
+    text = leaderboard.render([*six, line(1, 3.0, "sage", ratio=0.01), line(1, 4.0, ratio=0.01)])
+    assert "| SAGE, `ratio 0.01` | 2.0 / 3.0 (10.11) |" in text
+    assert "| NAD, `ratio 0.01` | 2.0 / 4.0 |" in text
+    assert "| NAD | 2.0 / 2.0 |" in text
     assert "(" not in leaderboard.render([line(1, 2.0, dataset="shapes10")]).replace("(image files (jpg))", "")
 
 
@@ -611,6 +618,13 @@ def test_the_leaderboard_as_a_picture(workplace, monkeypatch, capsys):
     with Image.open(path) as image:
         assert image.width > 600
         assert len(set(image.convert("L").tobytes())) > 50, "it is not blank"
+    ((name, records),) = leaderboard.by_setting(read_lines("results/benchmark.jsonl")).items()
+    figure = leaderboard.draw(pyplot(), name, [*records, line(1, 50.0, "sage", "Blend", 70.0)])
+    pyplot().close(figure)
+    for axis in figure.axes:
+        points = {bars.get_label(): bars[0].get_xydata()[0].tolist() for bars in axis.containers}
+        assert points.pop("CLP") == points.pop("NAD") == [3.5, 2.0], "ASR, and points lost"
+        assert points == ({"SAGE": [50.0, 12.0]} if axis.get_title() == "Blend" else {})
 
 
 def test_a_picture_of_many_rows_shows_those_of_the_short_leaderboard():

@@ -20,12 +20,13 @@ import main
 import strip
 import train_badnet
 import visualize
+from cam import grad_cam
 from config import DetectConfig, EraseConfig, TrainConfig, parse
 from defenses import neural_cleanse
-from models import build
+from models import Features, build
 from utils.channels import channel_norms
 from utils.checkpoint import save_checkpoint
-from utils.data import TensorData
+from utils.data import TensorData, to_float
 from utils.engine import evaluate
 from utils.run import Journal, finished, run_script, start_of
 
@@ -586,30 +587,99 @@ def test_each_network_of_a_picture_has_its_own_weights_and_title(copied):
     assert len({model.fc.weight.sum().item() for _, model in shown}) == 3
 
 
-def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that visualize.py would have saved."""
     pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(visualize, "save", lambda figure, config, name: drawn.append(figure))
+    figures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, config, name: figures.append(figure))
+    return figures
+
+
+def test_attention_and_gradcam_show_each_network_on_clean_and_triggered_images(copied, drawn):
+    assert erase("--epochs", "1", "--defense", "finetune") == 0
+    args = ["--images", "2", "--networks", "weight/erasing_net/shapes10/WRN-10-1.tar"]
+    assert picture("attention", *args) == picture("gradcam", *args) == 0
+    config = parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2", *args])
+    subject = visualize.known_trigger(config)
+    models = [model for _, model in visualize.shown_networks(subject, config)]
+    clean, stamped = subject.examples(2)
+    assert not torch.equal(clean, stamped)
+    images = [image for pair in zip(clean, stamped, strict=True) for image in pair]
+    layers = ("block1", "block2", "block3")
+
+    def maps(image):
+        found = []
+        for model in models:
+            with torch.no_grad(), Features(model, layers) as taken:
+                model(to_float(image[None]))
+                found += [f.square().sum(1)[0] for f in taken.outputs()]
+        return found
+
+    for figure, heats, titles in ((drawn[0], maps, [f"{name}\n{layer}" for name in ("backdoored", "fine-tuning")
+                                                    for layer in layers]),
+                                  (drawn[1], lambda image: [grad_cam(m, to_float(image[None]), "block3")[0][0]
+                                                            for m in models], ["backdoored", "fine-tuning"])):
+        rows = np.array(figure.axes).reshape(4, -1)
+        assert [axis.get_title() for axis in rows[0]] == ["image", *titles]
+        for k, (row, image) in enumerate(zip(rows, images, strict=True)):
+            assert row[0].get_ylabel() == ("clean", "triggered")[k % 2]
+            assert np.array_equal(row[0].images[0].get_array(), image.permute(1, 2, 0).numpy())
+            for axis, value in zip(row[1:], heats(image), strict=True):
+                value = torch.nn.functional.interpolate(value[None, None], (32, 32), mode="bilinear")[0, 0]
+                expected = (value / value.max().clamp(min=1e-12)).numpy()
+                assert np.allclose(axis.images[1].get_array(), expected, atol=1e-5)
+        assert not np.allclose(rows[0][1].images[1].get_array(), rows[0][len(rows[0]) // 2 + 1].images[1].get_array())
+
+
+def test_curves_are_those_of_the_last_run(copied, drawn):
+    for defense in ("sage", "finetune"):
+        assert erase("--eval_every", "1", "--defense", defense, "--checkpoint_root", defense, "--beside", "0") == 0
+    assert picture("curves") == 0
+    record = lines("results/main.jsonl")[-1]
+    for axis, key in zip(drawn[0].axes, ("clean_acc", "asr"), strict=True):
+        (line,) = axis.get_lines()
+        assert line.get_label() == "finetune"
+        values = [record["metrics"]["backdoored"][key], *(e[key] for e in record["history"])]
+        assert line.get_xydata().tolist() == [[k, value] for k, value in enumerate(values)]
+    assert drawn[0].get_suptitle() == "gridTrigger, WRN-10-1, finetune"
+
+
+def test_the_picture_of_channels_shows_clean_and_triggered_norms(copied, drawn, capsys):
     assert picture("channels") == 0
     lines_of = {line.get_label(): torch.tensor(line.get_ydata()) for axis in drawn[0].axes for line in axis.get_lines()}
     subject = visualize.known_trigger(parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2"]))
     images = {"clean": subject.test.images[subject.poisoned_test.poisoned], "triggered": subject.poisoned_test.images}
-    norms = {name: channel_norms(subject.model, "bn1", part)["linf"] for name, part in images.items()}
+    every = {name: channel_norms(subject.model, "bn1", part) for name, part in images.items()}
+    norms = {name: found["linf"] for name, found in every.items()}
     order = norms["clean"].argsort(descending=True)
     assert all(torch.allclose(lines_of[name], norms[name][order], atol=1e-6) for name in images)
     assert not torch.equal(lines_of["clean"], lines_of["triggered"])
+    histograms = [axis for axis in drawn[0].axes if axis.patches]
+    said = capsys.readouterr().out.splitlines()
+    for k, (norm, title) in enumerate((("linf", "l-inf"), ("l2", "l2"), ("l1", "l1"))):
+        both, difference = histograms[k], histograms[k + 3]
+        assert both.get_xlabel() == f"mean {title} norm"
+        values = [every[name][norm].numpy() for name in ("clean", "triggered")]
+        edges = np.histogram_bin_edges(np.concatenate(values), 20)
+        for bars, value in zip(both.containers, values, strict=True):
+            assert [bar.get_height() for bar in bars] == np.histogram(value, edges)[0].tolist()
+        added = values[1] - values[0]
+        heights, edges = np.histogram(added / added.std(ddof=1), 30)
+        assert [bar.get_height() for bar in difference.patches] == heights.tolist()
+        assert f"added to the {title} norm" in difference.get_xlabel()
+        (line,) = [s for s in said if s.split()[0] == title]
+        assert f"channel {added.argmax()} of bn1" in line
+        assert f"{(added.max() - added.mean()) / added.std(ddof=1):.1f} standard deviations" in line
 
 
-def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(copied, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(visualize, "save", lambda figure, config, name: drawn.append(figure))
+def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(copied, drawn, capsys):
     assert picture("threshold", "--nc_steps", "10") == 0
     subject = visualize.known_trigger(parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2"]))
     whole = evaluate(subject.model, subject.test, subject.poisoned_test, subject.aim)
     assert whole["clean_acc"] != whole["asr"]
     said = [line for line in capsys.readouterr().out.splitlines() if "channels of" in line]
-    for axis, norm in zip(drawn[0].axes, ("linf", "l2", "l1"), strict=True):
+    for axis, norm in zip(drawn[0].axes, ("l-inf", "l2", "l1"), strict=True):
         acc, asr = (line.get_ydata() for line in axis.get_lines())
         assert (acc[0], asr[0]) == (whole["clean_acc"], whole["asr"])
         for limit in (50, 10):
@@ -640,6 +710,23 @@ def test_strip_sets_its_threshold_on_the_clean_subset_and_counts_both_errors(mon
     assert found["auroc"] == (1.5 + 4 + 5 + 5) / 20
     assert found["far_at_frr"] == 0, "half of 0.5, 2, 3, 4 lies below 3"
     assert "40.00% of triggered ones accepted (0.00% at just 50.0% of clean ones" in capsys.readouterr().out
+
+
+def test_the_histogram_of_strip(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(detect, "save_figure", lambda figure, path: drawn.append((figure, path)))
+    clean, triggered = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.1, 0.1])
+    detect.save_histogram(clean, triggered, 0.5, tmp_path / "strip.png")
+    ((figure, path),) = drawn
+    (axis,) = figure.axes
+    assert path == tmp_path / "strip.png"
+    assert axis.get_lines()[0].get_xdata() == [0.5, 0.5]
+    for bars, name, values in zip(axis.containers, ("clean (3)", "triggered (2)"), (clean, triggered), strict=True):
+        assert bars[0].get_label() == name
+        heights = {round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in bars}
+        found = [x for x, height in heights.items() for _ in range(round(height))]
+        assert np.allclose(found, values, atol=0.03)
 
 
 def test_fewer_clean_images_than_a_batch_are_said(copied, capsys):

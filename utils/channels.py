@@ -112,13 +112,18 @@ def zero_channels(model, layer, channels):
         p.index_fill_(dim, channels.to(p.device), 0)
 
 
+def counts(n):
+    """The numbers of channels, of ``n``, at which ``pruned_gradually`` stops."""
+    return range(0, n, max(1, n // 64))
+
+
 def pruned_gradually(model, layer, order):
     """Yield (number k, network whose first k channels of ``order``, int64 ``(channels,)``, are off), a 64th at a time.
 
     It starts at k = 0 and leaves one channel at least; it is the same network, a copy of ``model``, that goes on.
     """
-    pruned, step = clone(model).eval(), max(1, len(order) // 64)
-    for k in range(0, len(order), step):
+    pruned = clone(model).eval()
+    for k in counts(len(order)):
         zero_channels(pruned, layer, order[:k])
         yield k, pruned
 

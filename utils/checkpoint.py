@@ -97,14 +97,31 @@ def tensor_hash(*tensors):
 
 
 def weights_of(content, path):
-    """The state dict in ``content``: its ``state_dict``, or ``content`` itself; a ``module.`` prefix is taken off."""
+    """The state dict in ``content``: its ``state_dict``, or ``content`` itself, or the only one under another name; a
+    ``module.`` prefix is taken off."""
+    def usable(state):
+        return isinstance(state, dict) and bool(state) and all(
+            isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and v.device.type == "cpu"
+            for k, v in state.items())
+
     state = content.get("state_dict", content)
-    usable = isinstance(state, dict) and state and all(
-        isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and v.device.type == "cpu"
-        for k, v in state.items())
-    if not usable:
-        raise UserError(f"not a checkpoint of a network: {path} has no state_dict of tensors")
+    others = [value for value in content.values() if usable(value)]
+    if not usable(state) and "state_dict" not in content and len(others) == 1:
+        state = others[0]
+    if not usable(state):
+        keys = ", ".join(map(str, list(content)[:8]))
+        raise UserError(f"not a checkpoint of a network: {path} has no state_dict of tensors; it holds "
+                        f"{keys or 'nothing'}")
     return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def unwrapped(model, state):
+    """``state``; or, if that makes it fit ``model``, without the name that all its keys begin with, such as
+    ``_orig_mod.`` of a compiled network."""
+    stem = next(iter(state)).partition(".")[0] + "."
+    bare = {k.removeprefix(stem): v for k, v in state.items()}
+    fits = all(k.startswith(stem) for k in state) and not differences(model, bare)
+    return bare if fits else state
 
 
 def differences(model, state):
@@ -128,7 +145,7 @@ def load_weights(model, content, path, model_name=""):
     Raises ``UserError`` that names the first differences and the architecture that would fit, if one does; also if a
     weight is not finite.
     """
-    state = weights_of(content, path)
+    state = unwrapped(model, weights_of(content, path))
     found = differences(model, state)
     if found:
         fits = "; it fits --s_name {} with {} classes and {} channels".format(*a) if (a := architecture(state)) else ""

@@ -101,7 +101,8 @@ def as_tensor_data(data, n_classes=None):
         images, labels = to_bytes(data[0]), torch.as_tensor(data[1]).long()
     else:
         images, labels = [], []
-        for image, label in data:
+        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")  # iterating ends at an IndexError only
+        for image, label in (data[i] for i in range(len(data))) if indexed else data:
             if torch.is_tensor(image):
                 image = to_bytes(image)
             else:

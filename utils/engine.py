@@ -65,18 +65,25 @@ def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, 
 
 
 @torch.inference_mode()
-def predict(model, images, amp=False):
-    """Predicted classes, int64 ``(N,)``, of uint8 ``images`` (N, C, H, W), with ``model`` in eval mode."""
+def predict(model, images, amp=False, sound=False):
+    """Predicted classes, int64 ``(N,)``, of uint8 ``images`` (N, C, H, W), with ``model`` in eval mode.
+
+    Raises ``UserError`` for answers that are not finite, if ``sound``.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     at_32 = 250 if device.type == "cpu" else 2500  # images at 32 x 32; the fastest of 100 to 1000 on the CPU
     batch_size = max(1, at_32 * 32 * 32 // (images.shape[2] * images.shape[3]))
-    predicted = []
+    predicted, finite = [], []
     for part in images.split(batch_size):
         with autocast(device, amp):
-            predicted.append(model(to_float(part.to(device))).argmax(1))
+            logits = model(to_float(part.to(device)))
+        predicted.append(logits.argmax(1))
+        finite.append(logits.isfinite().all())
     model.train(was_training)
+    if sound and not torch.stack(finite).all():
+        raise UserError("the network's answers are not finite numbers: there is nothing to measure")
     return torch.cat(predicted)
 
 
@@ -90,7 +97,7 @@ def evaluate(model, clean_test, backdoor_test=None, target=None, amp=False, part
     """
     device = next(model.parameters()).device
     labels = clean_test.labels.to(device)
-    right = predict(model, clean_test.images, amp) == labels
+    right = predict(model, clean_test.images, amp, sound=True) == labels
     result = {"clean_acc": percent(right), "clean_acc_non_target": None, "asr": None, "ra": None}
     if target is not None:
         result["clean_acc_non_target"] = percent(right[labels != target])

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import attacks
 import config as configuration
+import defenses
 from config import UserError, as_dict, data_root, parse
 from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, hardware
@@ -87,6 +89,10 @@ def start_of(config):
     files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
     if getattr(config, "trigger_type", "") in ("trojanTrigger", "clTrigger"):
         files["clean_model"] = config.clean_model
+    own = {"defense_file": defenses.own_file(getattr(config, "defense", "")),
+           "first_file": defenses.own_file(getattr(config, "first", "")),
+           "trigger_file": attacks.own_file(getattr(config, "trigger_type", ""))}
+    files.update((name, path) for name, path in own.items() if path)
     files.update((name, path) for name in ("blend_image", "reference") if (path := getattr(config, name, "")))
     found = {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
     folders = {"data_root": data_root(config) if getattr(config, "dataset", "") == "folder" else "",
