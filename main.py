@@ -57,6 +57,7 @@ def notes(config, n, side):
     name = own if hasattr(config, own) else "batch_size"
     size = getattr(config, name)
     read, usual = defenses.reads(config.defense), EraseConfig.batch_size
+    read |= defenses.reads("finetune") if config.beside else set()
     rates = sorted(option for option in read if option.endswith("lr") and option != "nc_lr")
     if config.batch_size < usual and "batch_size" in read and given.isdisjoint(rates):
         scaled = " ".join(f"--{rate} {getattr(config, rate) * config.batch_size / usual:.3g}" for rate in rates)

@@ -21,7 +21,7 @@ from config import AttackConfig
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
-OURS = ("base", "blend", "clean_label", "four_corner", "grid", "input_aware", "multi", "random_pixel", "refool",
+OURS = ("blend", "clean_label", "four_corner", "grid", "input_aware", "multi", "random_pixel", "refool",
         "shape", "signal", "square", "trojan", "wanet")
 SHAPES = ("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant", "semicircle")
 PRESETS = {  # the attacks of the papers by name: the options that differ from the defaults of AttackConfig
@@ -60,8 +60,10 @@ OWN_CHOICE = ("trigger_seed", "clean_model")  # do not make another attack
 
 def own_file(trigger_type):
     """The file of the trigger ``trigger_type``, one that is not this project's, or ''; see ``defenses.own_file``."""
-    module = sys.modules[getattr(TRIGGERS.get(trigger_type), "__module__", "attacks.base")]
-    return "" if module.__name__.rpartition(".")[2] in OURS else module.__file__
+    if trigger_type not in TRIGGERS:
+        return ""
+    module = TRIGGERS[trigger_type].__module__
+    return "" if module.rpartition(".")[2] in OURS else sys.modules[module].__file__
 
 
 def without_unused(options):

@@ -17,7 +17,9 @@ from conftest import ROOT, start
 from PIL import Image
 from tqdm import tqdm
 
+import attacks
 import benchmark
+import defenses
 import leaderboard
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from utils import processes
@@ -191,6 +193,29 @@ def test_a_cell_is_the_same_whatever_the_options_of_other_defenses_are():
     assert key({**own, "clp_u": 1.0}, "a") == key(own, "a")
     trained = as_dict(TrainConfig())
     assert key({**trained, "sig_delta": 3.0}, "") == key(trained, "")
+
+
+def test_a_changed_defense_or_trigger_of_ones_own_is_another_cell(workplace, monkeypatch):
+    def key(**options):
+        return benchmark.Cell("BadNets", "clp", EraseConfig(defense="clp", **options)).key()
+
+    plain = key()
+    Path("mine.py").write_text("1")
+    monkeypatch.setattr(defenses, "OURS", ("finetune",))
+    monkeypatch.setattr(defenses.get("clp"), "__file__", "mine.py")
+    first = key()
+    Path("mine.py").write_text("2")
+    assert len({plain, first, key()}) == 3
+    monkeypatch.setattr(defenses, "OURS", defenses.NAMES)
+    assert key() == plain
+    monkeypatch.setattr(attacks, "OURS", ())
+    assert key(trigger_type="gridTrigger") != key(trigger_type="auto") == plain
+    assert "grid.py" in attacks.own_file("gridTrigger")
+
+
+def test_the_defenses_and_triggers_of_this_project_are_known():
+    assert set(defenses.OURS) == set(defenses.NAMES)
+    assert {cls.__module__.rpartition(".")[2] for cls in attacks.TRIGGERS.values()} == set(attacks.OURS)
 
 
 def test_data_of_another_kind_make_another_cell(workplace):

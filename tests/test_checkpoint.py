@@ -23,6 +23,17 @@ class Hostile:
         return os.system, ("touch hostile-was-here",)
 
 
+@pytest.mark.parametrize(("name", "prefix"), [("model", ""), ("net", "module."), ("weights", "_orig_mod."),
+                                              ("state_dict", "model.")])
+def test_layouts_of_others(name, prefix):
+    model, other = build("WRN-10-1", 10), build("WRN-10-1", 10)
+    state = {prefix + k: v for k, v in model.state_dict().items()}
+    load_weights(other, {name: state, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, "m.pth")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match="m.pth has no state_dict of tensors; it holds net, ema"):
+        load_weights(other, {"net": state, "ema": state}, "m.pth")
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("plain", [True, False])
 def test_layouts(tmp_path, prefix, plain):

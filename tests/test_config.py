@@ -58,6 +58,12 @@ def test_bad_files(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             parse(EraseConfig, ["--config", str(file)])
+    file = tmp_path / "c.jsonl"
+    file.write_text("")
+    with pytest.raises(UserError, match="c.jsonl is empty"):
+        parse(EraseConfig, ["--config", str(file)])
+    file.write_text('{"lr": 0.5}\n{"lr": 0.7}\n\n \n')
+    assert parse(EraseConfig, ["--config", str(file)]).lr == 0.7, "the last line that is one"
 
 
 def test_flags_of_the_demo_are_there():

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,44 @@ def test_folder_is_resized_and_its_cache_follows_the_files(tmp_path):
     assert torch.equal(load_data(config, True).images, data.images)
     (tmp_path / "train" / "dog" / "3.png").unlink()
     assert len(load_data(config, True)) == 7
+
+
+def test_images_in_subfolders_of_a_class_and_with_16_bits(tmp_path):
+    config = write_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "more" / "still").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "3.png").rename(tmp_path / "train" / "cat" / "more" / "still" / "3.png")
+    assert load_data(config, True).labels.tolist() == [0] * 4 + [1] * 4
+    ramp = np.linspace(0, 65535, 24 * 24).reshape(24, 24).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "train" / "cat" / "a.png")
+    image = load_data(config, True).images[3].float()  # after 0 to 2
+    assert image.mean() == pytest.approx(127.5, abs=0.5)
+    assert torch.equal(image[0], torch.from_numpy((ramp / 257).round()).float())
+    Image.fromarray(np.zeros((24, 24), np.float32)).save(tmp_path / "train" / "cat" / "b.tif")
+    with pytest.raises(UserError, match=r"b\.tif cannot be read: its pixels are floating-point"):
+        load_data(config, True)
+
+
+def test_a_data_set_that_never_ends_by_itself():
+    class Endless:
+        classes = "ab"
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            assert i < 6, "beyond its length"
+            return torch.full((3, 8, 8), i / 10), i % 2
+
+    data = as_tensor_data(Endless())
+    assert data.labels.tolist() == [0, 1] * 3
+    assert data.images[5].unique().tolist() == [128]
+
+
+@pytest.mark.parametrize("ratio", [-1, 0, 1.5, float("nan")])
+def test_a_clean_subset_is_a_share(ratio):
+    data = TensorData(torch.zeros(20, 3, 4, 4, dtype=torch.uint8), torch.arange(20) % 2, "ab")
+    with pytest.raises(UserError, match="--ratio: a share above 0 and up to 1"):
+        DatasetCL(SimpleNamespace(ratio=ratio), data)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])

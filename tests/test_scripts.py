@@ -27,7 +27,7 @@ from models import Features, build
 from utils.channels import channel_norms
 from utils.checkpoint import save_checkpoint
 from utils.data import TensorData, to_float
-from utils.engine import evaluate
+from utils.engine import clone, evaluate
 from utils.run import Journal, finished, run_script, start_of
 
 SMALL = ["--dataset", "shapes10", "--train_size", "600", "--test_size", "200", "--s_name", "WRN-10-1", "--device",
@@ -146,6 +146,56 @@ def test_a_checkpoint_holds_the_state_of_its_optimiser(copied):
     assert erase("--defense", "clp", "--checkpoint_root", "two") == 0
     assert all(map(state, (STUDENT, "weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar", "one/WRN-10-1.tar")))
     assert state("two/WRN-10-1.tar") is None, "nothing was trained, but for fine-tuning beside"
+
+
+def test_a_defense_that_returns_no_network_or_one_that_answers_nothing(copied, capsys, monkeypatch):
+    module = defenses.get("clp")
+    quick = ["--defense", "clp", "--beside", "0"]
+
+    def broken(model, *_):
+        model = clone(model)
+        model.fc.bias.data[0] = float("nan")
+        return model
+
+    monkeypatch.setattr(module, "erase", broken)
+    assert erase(*quick) == 2
+    assert "answers are not finite" in capsys.readouterr().err
+    monkeypatch.setattr(module, "erase", lambda *_: None)
+    assert erase(*quick) == 2
+    assert "erase must return the new network, it returned None" in capsys.readouterr().err
+    assert not Path("results/main.jsonl").exists()
+
+
+def test_a_network_that_lost_its_accuracy_is_no_success(copied, capsys, monkeypatch):
+    for acc, said in ((41.0, False), (39.0, True)):
+        answers = iter([80.0, acc])
+        monkeypatch.setattr(main, "evaluate", lambda *_, answers=answers, **__: {
+            "clean_acc": next(answers), "clean_acc_non_target": None, "asr": 0.0, "ra": 0.0})
+        assert erase("--defense", "clp", "--beside", "0", "--save", "0") == 0
+        assert ("note: CLP: more than half of the accuracy is gone" in capsys.readouterr().out) == said
+
+
+def test_what_a_run_replaces_is_said(copied, capsys):
+    quick = ["--defense", "clp", "--beside", "0"]
+    for argv, text in (([], ""), ([], ""), (["--seed", "5"], "will be replaced; it is of --s_model weight"),
+                       (["--defense", "finetune", "--epochs", "1"], "--defense clp, --seed 5")):
+        assert erase(*quick, *argv) == 0
+        out = capsys.readouterr().out
+        assert text in out and bool(text) == ("will be replaced" in out)
+
+
+def test_rates_for_small_batches_and_betas_for_small_maps(copied, capsys):
+    quick = ["--epochs", "1", "--teacher_epochs", "1", "--save", "0"]
+    assert erase(*quick) == 0
+    out = capsys.readouterr().out
+    assert "in proportion they are --ft_lr 0.0125 --lr 0.0125 --teacher_lr 0.0187" in out, "batches of 40, not 64"
+    assert "the default betas" not in out
+    assert erase(*quick, "--lr", "0.01", "--layers", "block2", "block3") == 0
+    out = capsys.readouterr().out
+    assert "in proportion" not in out
+    assert "here they have 16 x 16, 8 x 8: the same weight is --beta1 125 --beta2 250" in out
+    assert erase(*quick, "--layers", "block2", "block3", "--beta2", "3") == 0
+    assert "the default betas" not in capsys.readouterr().out
 
 
 def test_first_another_defense(copied, capsys):
@@ -415,6 +465,7 @@ def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, ca
     (["--s_model", "none.tar"], "no such checkpoint: none.tar"),
     (["--s_name", "WRN-16-1", "--s_model", str(STUDENT)], "it fits --s_name WRN-10-1 with 10 classes"),
     (["--s_name", "WRN-16-1"], "no backdoored network at weight/s_net/shapes10/WRN-16-1"),
+    (["--s_name", "resnet18"], "--s_name resnet18: WRN-10-1, "),
     (["--ratio", "0.001"], "--ratio 0.001 of 600 training images leaves no sample"),
     (["--defense", "prayer"], "sage is allowed, got 'prayer'"),
     (["--layers", "block9"], "--layers block9: WideResNet has no such layer"),
