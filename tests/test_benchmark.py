@@ -141,14 +141,18 @@ def scripts_in(folder, name):
 
 
 @pytest.mark.parametrize("victim", ["script", "worker"])
-def test_on_ray_with_a_process_that_is_killed(workplace, victim):
+def test_on_ray_with_a_process_that_is_killed(done, workplace, victim):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
-    process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune", "clp", "--seeds", "1", "2", "--engine",
-                    "ray", "--cpus_per_cell", "0.5")
+    shutil.copytree(done / "results" / "networks", workplace / "results" / "networks")
+    trained = next(r for r in read_lines(done / "results/benchmark.jsonl") if not r["cell"]["defense"])
+    append_line("results/benchmark.jsonl", trained)
+    process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune:epochs=12", "clp", "--seeds", "1", "2",
+                    "--engine", "ray", "--cpus_per_cell", "0.5", "--keep")
     killed = False
     while process.poll() is None and not killed:
-        time.sleep(0.05)
-        for pid in scripts_in(workplace, "/main.py")[:1]:
+        time.sleep(0.02)
+        half = [p.parent for p in workplace.glob("results/cells/*/log.txt") if "epoch  2/12" in p.read_text()]
+        for pid in half and scripts_in(half[0], "/main.py")[:1]:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 if victim == "worker":
                     pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -158,8 +162,17 @@ def test_on_ray_with_a_process_that_is_killed(workplace, victim):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert killed
-    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), ("finetune", 1), ("finetune", 2)]
+    assert "finetune: going on after epoch" in (half[0] / "log.txt").read_text()
+    long = "finetune:epochs=12"
+    assert sorted(cells()) == [("", 1), ("clp", 1), ("clp", 2), (long, 1), (long, 2)]
     assert not Path("results/errors.jsonl").exists()
+    (there,) = {r["config"]["seed"] for r in read_lines("results/benchmark.jsonl") if r.get("resumed")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        assert bench("--defenses", long, "--seeds", str(there), "--out", "again") == 0
+    undisturbed = read_lines("again/benchmark.jsonl")[-1]
+    assert undisturbed["metrics"] in [r["metrics"] for r in read_lines("results/benchmark.jsonl")
+                                      if r["cell"]["defense"] == long and r["config"]["seed"] == there]
 
 
 def test_ctrl_c_ends_what_runs_on_ray(workplace):

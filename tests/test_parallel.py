@@ -1,6 +1,8 @@
 """torchrun with two processes on the CPU: the losses and weights of one process with whole batches."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,32 @@ def test_two_processes_compute_what_one_does(tmp_path):
         if value.is_floating_point():
             assert torch.allclose(value, states[1][name], atol=5e-3), name
     assert "2 processes" in done.stdout
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_with_the_same_weights(tmp_path):
+    states = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        if killed:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            process = subprocess.Popen([*launch, str(ROOT / "train_badnet.py"), *ARGS, "--epochs", "20"], cwd=folder,
+                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            assert any("epoch   2/20" in line for line in process.stdout)
+            parts = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/stat")
+                     if p.read_text().rpartition(")")[2].split()[1] == str(process.pid)]
+            assert len(parts) == 2
+            os.kill(max(parts), signal.SIGKILL)
+            rest = process.communicate(timeout=120)[0]
+            assert process.returncode != 0
+            assert "epoch  20/20" not in rest
+        done = run(folder, "--epochs", "20", *["--resume"] * killed, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert ("going on after epoch" in done.stdout) == killed
+        assert len((folder / "results/train_badnet.jsonl").read_text().splitlines()) == 1
+        path = folder / "weight/s_net/shapes10/WRN-10-1-S-model_best.pth.tar"
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
