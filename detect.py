@@ -29,10 +29,6 @@ from utils.plot import pyplot, save_figure
 from utils.run import check_writable, identity, run_script, say
 from utils.seeds import generator
 
-# Share of the median mask below which an outlier is called a backdoor. Measured: 0.11 for the target of BadNets; 0.77
-# for the smallest mask of a clean network, whose index is above 2 only since the others are much alike. The defense
-# ``neural_cleanse`` unlearns the triggers of these too: an erased false alarm costs less than a backdoor that stays.
-SMALL = 0.5
 CAPTION = 16  # pixels of a line of text above a row of images
 
 
@@ -69,7 +65,7 @@ def verdict(labels, sizes):
     """In words: what the outlying ``labels``, smallest mask first, say with masks of ``sizes`` times the median's."""
     if not labels:
         return "no label stands out"
-    small = [str(label) for label, size in zip(labels, sizes, strict=True) if size < SMALL]
+    small = [str(label) for label, size in zip(labels, sizes, strict=True) if size < neural_cleanse.SMALL]
     if small:
         return f"backdoored, target label{'s' * (len(small) > 1)} {', '.join(small)}"
     return (f"label {labels[0]} stands out, but its mask has {sizes[0]:.0%} of the median's size; clean networks too "

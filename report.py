@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import attacks
+import defenses
 import leaderboard
 from config import AttackConfig, EraseConfig, TrainConfig, UserError, command, weight_root
+from defenses.neural_cleanse import SMALL
 from leaderboard import NOT_IN_KEY, score, spread, write_into
 from utils.files import read_lines
 
@@ -243,6 +245,52 @@ def render_search(records, best=3):
     return "\n".join([*out, "", f"{len(records)} recipes were measured. Held-out accuracy before: {before}."])
 
 
+def detected_group(record):
+    """(a name for the network that ``record`` of detect.py is about, its place in the table)."""
+    attack = record["attack"]
+    if attack["trigger_type"] == "none":
+        return "clean network", (2, 0)
+    name = attacks.preset_name(attack)
+    place = leaderboard.MAIN.index(name) if name in leaderboard.MAIN else len(leaderboard.MAIN)
+    after = f", after {defenses.title(record['erased'])}" if record["erased"] else ""
+    return f"{name}{after}", (1 if after else 0, place)
+
+
+def render_detect(records):
+    """What detect.py found, a row a kind of network: Neural Cleanse's target label, then STRIP."""
+    groups, places = {}, {}
+    for r in records:
+        name, places[name] = detected_group(r)
+        found = groups.setdefault(name, {})
+        found[r["config"]["seed"]] = {**found.get(r["config"]["seed"], {}), **r}
+    out = ["| network | seeds | mask of the target, % of the median | its index | target found | other labels | "
+           "doubtful | STRIP: AUROC | accepted / rejected, % | accepted at 1% |", "|---" * 10 + "|"]
+    for name in sorted(groups, key=places.get):
+        runs = [groups[name][seed] for seed in sorted(groups[name])]
+        searched = [r for r in runs if r.get("neural_cleanse")]
+        target = None if name == "clean network" else runs[0]["attack"]["target_label"]
+        cells = [""] * 5
+        if searched:
+            small, doubtful = [], 0
+            for r in (r["neural_cleanse"] for r in searched):
+                small.append([k for k in r["suspects"] if r["of_the_median"][k] < SMALL])
+                doubtful += len(r["suspects"]) - len(small[-1])
+            cells = ["", "", "", str(sum(len({*labels} - {target}) for labels in small)), str(doubtful)]
+            if target is not None:
+                own = [(r["neural_cleanse"]["of_the_median"][target], r["neural_cleanse"]["anomaly_indices"][target])
+                       for r in searched]
+                cells[:3] = [spread([100 * size for size, _ in own], 0), spread([index for _, index in own], 1),
+                             f"{sum(target in labels for labels in small)} of {len(searched)}"]
+        looked = [r["strip"] for r in runs if "far" in r.get("strip", {})]
+        cells += [spread([s["auroc"] for s in looked], 3),
+                  f"{spread([s['far'] for s in looked], 1)} / {spread([s['frr'] for s in looked], 1)}",
+                  spread([s["far_at_frr"] for s in looked], 1)] if looked else [""] * 3
+        out.append(f"| {name} | {', '.join(str(r['config']['seed']) for r in runs)} | {' | '.join(cells)} |")
+    if not groups:
+        return "nothing was measured yet"
+    return "\n".join([*out, "", f"`python detect.py --s_model FILE --seed N`, on: {leaderboard.machines(records)}."])
+
+
 FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     ROOT / "README.md": {
         "headline": (render_headline, "main.jsonl"), "benchmark": (leaderboard.render_short, "benchmark.jsonl")},
@@ -251,6 +299,7 @@ FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     PUBLISHED / "README.md": {
         "benchmark": (leaderboard.render, "benchmark.jsonl"),
         "results": (render_runs, "main.jsonl"),
+        "detection": (render_detect, "detect.jsonl"),
         "attack runs": (render_attack_runs, "attacks.jsonl", "benchmark.jsonl"),
         "search": (render_search, "search.jsonl")}}
 

@@ -17,12 +17,15 @@ from attacks.base import (
     scored,
 )
 from config import AttackConfig
+from utils.files import OWN_CODE
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
 OURS = ("blend", "clean_label", "four_corner", "grid", "input_aware", "multi", "random_pixel", "refool",
         "shape", "signal", "square", "trojan", "wanet")
+OWN_CODE.update((("trigger_type", name), sys.modules[cls.__module__].__file__) for name, cls in TRIGGERS.items()
+                if cls.__module__.rpartition(".")[2] not in OURS)
 SHAPES = ("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant", "semicircle")
 PRESETS = {  # the attacks of the papers by name: the options that differ from the defaults of AttackConfig
     "BadNets": {},
@@ -56,14 +59,6 @@ PRESETS = {  # the attacks of the papers by name: the options that differ from t
 }
 EVERY = ("trigger_type", "target_type", "target_label", "inject_portion", "cover_portion", "trigger_seed")
 OWN_CHOICE = ("trigger_seed", "clean_model")  # do not make another attack
-
-
-def own_file(trigger_type):
-    """The file of the trigger ``trigger_type``, one that is not this project's, or ''; see ``defenses.own_file``."""
-    if trigger_type not in TRIGGERS:
-        return ""
-    module = TRIGGERS[trigger_type].__module__
-    return "" if module.rpartition(".")[2] in OURS else sys.modules[module].__file__
 
 
 def without_unused(options):

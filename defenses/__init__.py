@@ -17,10 +17,12 @@ from dataclasses import fields
 
 import config as configuration
 from config import EraseConfig, UserError, default_of
+from utils.files import OWN_CODE
 
 OURS = ("anp", "clp", "fine_pruning", "finetune", "ftsam", "ibau", "linf_pruning", "mcr", "nad", "neural_cleanse",
         "pruning", "sage")
 NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+OWN_CODE.update((("defense", name), f"{__path__[0]}/{name}.py") for name in NAMES if name not in OURS)
 
 
 def get(name):
@@ -28,12 +30,6 @@ def get(name):
     if name not in NAMES:
         raise UserError(f"--defense: one of {', '.join(NAMES)} is allowed, got {name!r}")
     return importlib.import_module(f"defenses.{name}")
-
-
-def own_file(name):
-    """The file of the defense ``name``, one that is not this project's, or ''. Its text is a part of what decides a
-    result; that of ours is not, since it changes without changing results (see ``benchmark.VERSION``)."""
-    return "" if name in ("", *OURS) else get(name).__file__
 
 
 def check(model, clean_data, config):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -24,7 +25,7 @@ import leaderboard
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from utils import processes
 from utils.checkpoint import save_checkpoint
-from utils.files import append_line, locked, read_lines
+from utils.files import OWN_CODE, append_line, locked, read_lines
 from utils.plot import pyplot
 from utils.run import run_script
 
@@ -212,18 +213,28 @@ def test_a_changed_defense_or_trigger_of_ones_own_is_another_cell(workplace, mon
     def key(**options):
         return benchmark.Cell("BadNets", "clp", EraseConfig(defense="clp", **options)).key()
 
-    plain = key()
-    Path("mine.py").write_text("1")
-    monkeypatch.setattr(defenses, "OURS", ("finetune",))
-    monkeypatch.setattr(defenses.get("clp"), "__file__", "mine.py")
-    first = key()
-    Path("mine.py").write_text("2")
-    assert len({plain, first, key()}) == 3
-    monkeypatch.setattr(defenses, "OURS", defenses.NAMES)
-    assert key() == plain
-    monkeypatch.setattr(attacks, "OURS", ())
-    assert key(trigger_type="gridTrigger") != key(trigger_type="auto") == plain
-    assert "grid.py" in attacks.own_file("gridTrigger")
+    for what, options in ((("defense", "clp"), {}), (("trigger_type", "gridTrigger"), {"trigger_type": "gridTrigger"}),
+                          (("defense", "pruning"), {"first": "pruning"})):
+        assert OWN_CODE == {}
+        plain = key(**options)
+        monkeypatch.setitem(OWN_CODE, what, "mine.py")
+        Path("mine.py").write_text("1")
+        first = key(**options)
+        Path("mine.py").write_text("2")
+        assert len({plain, first, key(**options)}) == 3
+        monkeypatch.delitem(OWN_CODE, what)
+
+
+def test_a_defense_and_a_trigger_of_ones_own_are_found(tmp_path):
+    for name in ("attacks", "defenses", "utils", "models", "config.py", "at.py"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "defenses" / "clp.py", tmp_path / "defenses" / "mine.py")
+    text = (ROOT / "attacks" / "square.py").read_text().replace("squareTrigger", "myTrigger")
+    (tmp_path / "attacks" / "own.py").write_text(text)
+    code = "import attacks, defenses, utils.files as f; print(*f.OWN_CODE, *f.OWN_CODE.values(), sep=chr(10))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True).stdout
+    assert sorted(found.splitlines()) == sorted(["('defense', 'mine')", "('trigger_type', 'myTrigger')",
+                                                 f"{tmp_path}/defenses/mine.py", f"{tmp_path}/attacks/own.py"])
 
 
 def test_the_defenses_and_triggers_of_this_project_are_known():

@@ -70,6 +70,27 @@ def test_a_folder_that_is_not_there_empties_no_readme(tmp_path):
         report.main([str(tmp_path / "nowhere"), "--write"])
 
 
+def test_what_detect_found_by_hand():
+    def line(seed, erased="", trigger="gridTrigger", sizes=(1.0, 1.0, 1.0, 1.0, 1.0, 0.1), suspects=(5,), strip=None):
+        attack = {"trigger_type": trigger, "target_label": 5}
+        found = {"suspects": list(suspects), "of_the_median": list(sizes), "anomaly_indices": [10 * s for s in sizes]}
+        return {"config": {"seed": seed}, "attack": attack, "erased": erased, "neural_cleanse": found,
+                **({"strip": strip} if strip else {}), "machine": "cpu", "versions": {"torch": "2"}}
+
+    strip = {"threshold": 1.0, "frr": 2.0, "far": 50.0, "far_at_frr": 60.0, "auroc": 0.9}
+    again = {**line(1, strip=strip)}
+    del again["neural_cleanse"]
+    rows = report.render_detect([
+        line(2, "nad", sizes=(1.0, 0.7, 1.0, 1.0, 1.0, 0.9), suspects=(1,)), line(3, trigger="none", suspects=()),
+        line(1), again, line(2, sizes=(0.2, 1.0, 1.0, 1.0, 1.0, 0.3), suspects=(0, 5)),
+        line(3, trigger="none", suspects=(5,), strip={"frr": 1.0})]).splitlines()
+    assert [row.split(" | ") for row in rows[2:5]] == [
+        ["| BadNets", "1, 2", "20 ± 14", "2.0 ± 1.4", "2 of 2", "1", "0", "0.900", "50.0 / 2.0", "60.0 |"],
+        ["| BadNets, after NAD", "2", "90", "9.0", "0 of 1", "0", "1", "", "", " |"],
+        ["| clean network", "3", "", "", "", "1", "0", "", "", " |"]]
+    assert report.render_detect([]) == "nothing was measured yet"
+
+
 def test_the_search_names_the_default_and_the_best_within_the_bound():
     def line(asr, acc, defense="finetune", **recipe):
         return {"surrogate": "strong", "hash": "a", "recipe": recipe, "before": {"acc": 80.0},

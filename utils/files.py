@@ -15,6 +15,7 @@ except ImportError:  # Windows: processes that write to the same file have to be
     fcntl = None
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")  # that are read
+OWN_CODE = {}  # {(option, value): file} of the defenses and triggers that are not this project's
 NOTED = set()  # lines that were complained about
 
 

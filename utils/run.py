@@ -14,14 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import attacks
 import config as configuration
-import defenses
 from config import UserError, as_dict, data_root, parse
 from utils.checkpoint import file_hash, load_checkpoint, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, hardware
 from utils.engine import TerminalProgress
-from utils.files import append_line, listing_hash, read_lines
+from utils.files import OWN_CODE, append_line, listing_hash, read_lines
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 
@@ -84,15 +82,14 @@ def decisive(config):
 def start_of(config):
     """The hashes of the files that a run starts from, a dict: another file under the same name is another run.
 
-    Images are not read for it: of a folder of one's own, names, sizes and times count.
+    Images are not read for it: of a folder of one's own, names, sizes and times count. A defense or trigger of one's
+    own counts with its file; those of this project change without changing results (see ``benchmark.VERSION``).
     """
     files = {name: getattr(config, name, "") for name in ("s_model", "t_model")}
     if getattr(config, "trigger_type", "") in ("trojanTrigger", "clTrigger"):
         files["clean_model"] = config.clean_model
-    own = {"defense_file": defenses.own_file(getattr(config, "defense", "")),
-           "first_file": defenses.own_file(getattr(config, "first", "")),
-           "trigger_file": attacks.own_file(getattr(config, "trigger_type", ""))}
-    files.update((name, path) for name, path in own.items() if path)
+    files.update((f"{name}_file", OWN_CODE[what]) for name in ("defense", "first", "trigger_type")
+                 if (what := ("defense" if name == "first" else name, getattr(config, name, ""))) in OWN_CODE)
     files.update((name, path) for name in ("blend_image", "reference") if (path := getattr(config, name, "")))
     found = {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
     folders = {"data_root": data_root(config) if getattr(config, "dataset", "") == "folder" else "",
