@@ -25,7 +25,7 @@ class Features:
                                 f"{', '.join(some[:40])}{', ...' if len(some) > 40 else ''}")
         self.layers, self.modules = tuple(layers), [modules[name] for name in layers]
         self.channels_last = getattr(model, "features_nhwc", False)
-        self.taken = {}
+        self.taken, self.runs = {}, {}
 
     def __enter__(self):
         self.handles = [m.register_forward_hook(self.hook(n)) for n, m in zip(self.layers, self.modules, strict=True)]
@@ -39,6 +39,7 @@ class Features:
     def hook(self, name):
         def keep(_module, _inputs, output):
             self.taken[name] = (output, output._version if torch.is_tensor(output) else None)
+            self.runs[name] = self.runs.get(name, 0) + 1
         return keep
 
     def outputs(self):
@@ -68,7 +69,9 @@ def check_order(model, layers, images):
     betas and paths count them from the shallow end."""
     with torch.no_grad(), Features(model, layers) as taken:
         model(images)
-        ran = list(taken.taken)
+        ran, often = list(taken.taken), [name for name, runs in taken.runs.items() if runs > 1]
+    if often:
+        raise UserError(f"--layers {often[0]}: it runs several times in a forward pass; name a layer that runs once")
     if ran != list(layers):
         raise UserError(f"--layers {' '.join(layers)}: shallow to deep is needed: {' '.join(ran)}")
 

@@ -434,6 +434,20 @@ def test_paths():
         sage.check(model, toy(), short(layers=["nowhere"]))
 
 
+def test_a_layer_that_runs_several_times_is_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.relu, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.fc(self.relu(self.two(self.relu(self.one(x)))).mean((2, 3)))
+
+    nad.check(Shared(), toy(), short(layers=["one", "two"]))
+    with pytest.raises(UserError, match="--layers relu: it runs several times"):
+        nad.check(Shared(), toy(), short(layers=["relu"]))
+
+
 def test_layers_are_named_shallow_to_deep():
     for defense in (nad, sage):
         defense.check(network(), toy(), short(layers=["conv1", "block2", "block3"]))
