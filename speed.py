@@ -11,9 +11,10 @@ bf16 where the hardware computes it; then compiled (with CUDA graphs on a GPU), 
 SGD; the erasing step has the NAD loss.
 
 The limit is what one network could reach if nothing counted but arithmetic, or memory for layers that run one by one:
-FLOPs by ``torch.utils.flop_counter``; bytes as three times (forward, and two products backward) what a network that
-learns reads and writes in its layers in one forward pass, once for a teacher; ceilings are a large matrix product and
-a copy through main memory, measured here. Caches and fused layers can go beyond the second. Writes no results.
+FLOPs by the formulas of ``torch.utils.flop_counter``; bytes as three times (forward, and two products backward) what a
+network that learns reads and writes in its layers in one forward pass, once for a teacher; ceilings are a large matrix
+product and a copy through main memory, measured here. Caches and fused layers can go beyond the second. The last block
+is an evaluation and a step of each defense that trains something, beside the arithmetic alone. Writes no results.
 """
 
 import argparse
@@ -30,21 +31,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import attacks
 from config import EraseConfig, TrainConfig, UserError
 from data_loader import DatasetBD, DatasetCL, load_data
+from defenses import anp, ftsam, ibau, neural_cleanse, sage
 from defenses.nad import NADLoss
 from models import select_model
 from utils.checkpoint import versions
 from utils.data import Batches, make_augment
 from utils.devices import choose_device, use_bf16
-from utils.engine import autocast, cross_entropy
+from utils.engine import autocast, cross_entropy, predict
 from utils.optim import make_optimizer
 
 IMAGE = (3, 32, 32)
+NC_STEPS = 10  # of Neural Cleanse, in one call
 PREFETCHED = 4  # batches of the usual way's DataLoader: two for each of two workers
 
 
@@ -199,13 +203,25 @@ def best_time(function, device, times=5):
     return min(found)
 
 
+class Flops(TorchDispatchMode):
+    """While it is open, ``total`` counts FLOPs. torch's FlopCounterMode cannot be used around ``autograd.grad``."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def cost(model, loss, images, labels, amp):
     """(FLOPs, bytes) of a training step of ``model`` with ``loss``, which may have a teacher, an image."""
-    with FlopCounterMode(display=False) as counter, autocast(images.device, amp):
+    with Flops() as counter, autocast(images.device, amp):
         loss(model, images, labels)[0].backward()
     with autocast(images.device, amp):
         data = 3 * traffic(model, images) + (traffic(loss.teacher, images) if hasattr(loss, "teacher") else 0)
-    return counter.get_total_flops() / len(images), data / len(images)
+    return counter.total / len(images), data / len(images)
 
 
 def ceilings(amp, device):
@@ -248,6 +264,52 @@ def compare(runners, batch_size, steps, rounds, most):
         rate = statistics.median(found)
         ratio = statistics.median(b / a for a, b in zip(first, found, strict=True))
         print(f"{which:<24}{rate:12,.0f}{ratio:8.2f}x{rate / most:10.0%}", flush=True)
+
+
+def defense_steps(config, clean, device, amp):
+    """{name: (function, images it takes)}: one evaluation of ``clean`` (``DatasetCL``), and one step of each defense
+    that trains something, without its optimiser's, on batches of ``clean``."""
+    model = network(device, True)
+
+    def step_of(loss, size, trained=model):
+        stream = own_batches(clean, min(size, len(clean)), config)
+
+        def step():
+            images, labels = next(stream)
+            with autocast(device, amp):
+                value, _ = loss(trained, images, labels)
+            value.backward()
+        return step, min(size, len(clean))
+
+    hundred = own_batches(clean, min(config.ibau_batch_size, len(clean)), config)
+
+    def ibau_step():
+        ibau.hypergradient(model.eval(), *next(hundred), torch.zeros(1, *clean.shape, device=device), config)
+
+    few = clean.take(torch.arange(min(50, len(clean))))
+    steps = replace(config, nc_steps=NC_STEPS)
+    searched = NC_STEPS * clean.n_classes * min(config.nc_batch_size, len(few)) + clean.n_classes * len(few)
+    return {"evaluation": (lambda: predict(model, clean.images), len(clean)),
+            "fine-tuning": step_of(cross_entropy, config.batch_size),
+            "NAD": step_of(teacher_loss(device, True), config.batch_size),
+            "SAGE": step_of(sage.make_loss(model, config), config.batch_size),
+            "FT-SAM": step_of(ftsam.SAMLoss(config.ftsam_rho), config.batch_size),
+            "ANP": step_of(anp.MaskLoss(config.anp_alpha, config.anp_eps), config.anp_batch_size,
+                           anp.Masks(network(device, True))),
+            "I-BAU, hypergradient": (ibau_step, min(config.ibau_batch_size, len(clean))),
+            "Neural Cleanse": (lambda: neural_cleanse.reverse(model, few, steps), searched)}
+
+
+def time_defenses(steps, device, most):
+    """Print of each of ``steps``, from ``defense_steps``, images a second and the share of ``most`` FLOPs a second."""
+    print(f"\n{'of the defenses, images per second':<36}{'arithmetic':>12}")
+    for name, (step, images) in steps.items():
+        step()  # warm
+        with Flops() as counter:
+            step()
+        seconds = best_time(step, device, 3)
+        share = counter.total / seconds / most
+        print(f"{name:<24}{images / seconds:12,.0f}{share:12.0%}", flush=True)
 
 
 def profile(runner, steps):
@@ -360,7 +422,7 @@ def main(argv=None):
     compare({"usual": Runner(usual_batches(clean, b, device), teacher_loss(device, False), False, False, device),
              "own": Runner(own_batches(clean, b, erase), teacher_loss(device, True), amp, True, device)},
             b, args.steps, args.rounds, most)
-    return None
+    return time_defenses(defense_steps(erase, clean, device, amp), device, found[0])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import speed
+from config import EraseConfig
+from utils.data import TensorData
 from utils.engine import autocast, cross_entropy
 from utils.optim import make_optimizer
 
@@ -69,6 +71,27 @@ def test_rates_are_compared_with_the_first(capsys):
     assert first == "broken: not available: here"
     lines = [line.split() for line in lines]
     assert lines == [["usual", "50", "1.00x", "12%"], ["own", "200", "4.00x", "50%"], ["two", "200", "4.00x", "50%"]]
+
+
+def test_a_step_of_each_defense_is_timed(capsys):
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    clean = TensorData(images, torch.arange(20) % 10, range(10))
+    config = EraseConfig(nc_batch_size=2, ibau_iterations=1)
+    steps = speed.defense_steps(config, clean, CPU, False)
+    speed.time_defenses(steps, CPU, 1e15)
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines] == list(steps)
+    assert all(float(line[24:36].replace(",", "")) > 0 for line in lines)
+    assert steps["evaluation"][1] == steps["fine-tuning"][1] == 20, "no more than there are"
+    assert steps["Neural Cleanse"][1] == 10 * 10 * 2 + 10 * 20
+    with speed.Flops() as once:
+        steps["fine-tuning"][0]()
+    for name in ("NAD", "SAGE", "FT-SAM", "ANP"):
+        with speed.Flops() as counter:
+            steps[name][0]()
+        ratio = counter.total / once.total
+        expected = {"NAD": 4 / 3, "SAGE": 1, "FT-SAM": 2, "ANP": 2}[name]
+        assert ratio == pytest.approx(expected, rel=0.05), name
 
 
 def test_a_wrong_option_is_one_line(capsys):
