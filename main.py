@@ -59,7 +59,7 @@ def notes(config, n, side):
     read, usual = defenses.reads(config.defense), EraseConfig.batch_size
     read |= defenses.reads("finetune") if config.beside else set()
     rates = sorted(option for option in read if option.endswith("lr") and option != "nc_lr")
-    if config.batch_size < usual and "batch_size" in read and given.isdisjoint(rates):
+    if config.batch_size <= usual / 2 and "batch_size" in read and given.isdisjoint(rates):
         scaled = " ".join(f"--{rate} {getattr(config, rate) * config.batch_size / usual:.3g}" for rate in rates)
         found.append(f"--batch_size {config.batch_size}: the learning rates are meant for {usual} and may destroy the "
                      f"network; in proportion they are {scaled}")

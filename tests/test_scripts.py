@@ -186,16 +186,18 @@ def test_what_a_run_replaces_is_said(copied, capsys):
 
 def test_rates_for_small_batches_and_betas_for_small_maps(copied, capsys):
     quick = ["--epochs", "1", "--teacher_epochs", "1", "--save", "0"]
-    assert erase(*quick) == 0
+    assert erase(*quick, "--batch_size", "32") == 0
     out = capsys.readouterr().out
-    assert "in proportion they are --ft_lr 0.0125 --lr 0.0125 --teacher_lr 0.0187" in out, "batches of 40, not 64"
+    assert "in proportion they are --ft_lr 0.01 --lr 0.01 --teacher_lr 0.015" in out
     assert "the default betas" not in out
-    assert erase(*quick, "--lr", "0.01", "--layers", "block2", "block3") == 0
+    assert erase(*quick, "--batch_size", "32", "--lr", "0.01", "--layers", "block2", "block3") == 0
     out = capsys.readouterr().out
     assert "in proportion" not in out
     assert "here they have 16 x 16, 8 x 8: the same weight is --beta1 125 --beta2 250" in out
     assert erase(*quick, "--layers", "block2", "block3", "--beta2", "3") == 0
-    assert "the default betas" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the default betas" not in out
+    assert "in proportion" not in out, "batches of 40"
 
 
 def test_first_another_defense(copied, capsys):
