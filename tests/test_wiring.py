@@ -283,7 +283,7 @@ def test_strip_takes_overlays_and_threshold_from_the_clean_subset(monkeypatch):
 
     seen = []
 
-    def entropies(model, images, overlays):
+    def entropies(model, images, overlays, bar):
         seen.append((images.unique().item(), overlays.unique().item()))
         return torch.arange(float(len(images)))
 
