@@ -209,9 +209,13 @@ class Flops(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        kwargs, count = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:
+                out = func.decompose(*args, **kwargs)  # of a composite operation, as inference mode leaves it
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.total += count(*args, **kwargs, out_val=out)
         return out
 
 
