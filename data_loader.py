@@ -22,7 +22,7 @@ import attacks
 import shapes10
 from config import UserError, data_root
 from utils.data import TensorData, as_tensor_data
-from utils.files import IMAGE_ENDINGS, is_image, write_atomically
+from utils.files import IMAGE_ENDINGS, images_below, write_atomically
 from utils.seeds import generator
 
 IMAGES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "MNIST": (60_000, 10_000),
@@ -283,12 +283,6 @@ def cached(path, fingerprint, make):
     except OSError as e:
         tqdm.write(f"note: no cache was written to {path}: {e.strerror}")
     return images, labels
-
-
-def images_below(folder):
-    """The paths of the images anywhere below ``folder``, relative to it and sorted."""
-    return sorted(os.path.relpath(os.path.join(place, name), folder)
-                  for place, _, names in os.walk(folder, followlinks=True) for name in filter(is_image, names))
 
 
 def as_rgb(image):

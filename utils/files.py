@@ -48,16 +48,20 @@ def is_image(name):
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
+def images_below(folder):
+    """The paths of the images anywhere below ``folder``, relative to it and sorted."""
+    return sorted(os.path.relpath(os.path.join(place, name), folder)
+                  for place, _, names in os.walk(folder, followlinks=True) for name in filter(is_image, names))
+
+
 def listing_hash(root):
     """A hash of the names, sizes and times of the images anywhere below the folder ``root``; '' without one."""
     found = []
-    for folder, _, names in os.walk(root):
-        for name in filter(is_image, names):
-            path = os.path.join(folder, name)
-            with contextlib.suppress(OSError):  # gone by now
-                info = os.stat(path)
-                found.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns))
-    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest() if found else ""
+    for path in images_below(root):
+        with contextlib.suppress(OSError):  # gone by now
+            info = os.stat(os.path.join(root, path))
+            found.append((path, info.st_size, info.st_mtime_ns))
+    return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""
 
 
 def umask():
