@@ -276,19 +276,21 @@ def defense_steps(config, clean, device, amp):
     model = network(device, True)
 
     def step_of(loss, size, trained=model):
-        stream = own_batches(clean, min(size, len(clean)), config)
+        size = min(size, len(clean))
+        stream = own_batches(clean, size, config)
 
         def step():
             images, labels = next(stream)
             with autocast(device, amp):
                 value, _ = loss(trained, images, labels)
             value.backward()
-        return step, min(size, len(clean))
+        return step, size
 
-    hundred = own_batches(clean, min(config.ibau_batch_size, len(clean)), config)
+    size = min(config.ibau_batch_size, len(clean))
+    stream = own_batches(clean, size, config)
 
     def ibau_step():
-        ibau.hypergradient(model.eval(), *next(hundred), torch.zeros(1, *clean.shape, device=device), config)
+        ibau.hypergradient(model.eval(), *next(stream), torch.zeros(1, *clean.shape, device=device), config)
 
     few = clean.take(torch.arange(min(50, len(clean))))
     steps = replace(config, nc_steps=NC_STEPS)
@@ -300,7 +302,7 @@ def defense_steps(config, clean, device, amp):
             "FT-SAM": step_of(ftsam.SAMLoss(config.ftsam_rho), config.batch_size),
             "ANP": step_of(anp.MaskLoss(config.anp_alpha, config.anp_eps), config.anp_batch_size,
                            anp.Masks(network(device, True))),
-            "I-BAU, hypergradient": (ibau_step, min(config.ibau_batch_size, len(clean))),
+            "I-BAU, hypergradient": (ibau_step, size),
             "Neural Cleanse": (lambda: neural_cleanse.reverse(model, few, steps), searched)}
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 from utils.checkpoint import tensor_hash
-from utils.files import IMAGE_ENDINGS, is_image
+from utils.files import IMAGE_ENDINGS, images_below
 
 GAMMA = 2.2
 
@@ -34,7 +34,7 @@ def read_photos(folder, shape, count, gen):
     channels, h, w = shape
     if not Path(folder).is_dir():
         raise UserError(f"--reflection_root {folder}: no such folder")
-    files = sorted(p for p in Path(folder).rglob("*") if is_image(p.name) and p.is_file())
+    files = sorted(Path(folder) / path for path in images_below(folder))
     if not files:
         raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_ENDINGS)})")
     photos = []
