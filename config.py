@@ -91,6 +91,7 @@ class AttackConfig:
                                 high=1.0)
     blend_test_alpha: float = option(-1.0, "attack", "the same on test images; -1: as in training", low=-1.0, high=1.0)
     blend_image: str = option("", "attack", "image file that is blended in (default: fixed uniform noise)")
+    reversed_file: str = option("", "attack", "triggers.pt of detect.py; reversedTrigger is the one for --target_label")
     sig_delta: float = option(20.0, "attack", "amplitude of signalTrigger [Barni et al. 2019: 20; BackdoorBench: 40, "
                                               "with which 98% are reported]", low=0.0, high=255.0, unit="of 255")
     sig_freq: float = option(6.0, "attack", "periods of signalTrigger over the width [Barni et al. 2019]", low=0.0)

@@ -347,7 +347,7 @@ def stamping_rates(config, train):
             trigger = attacks.make_trigger(replace(config, trigger_type=name, target_type="cleanLabel" if
                                                    attacks.TRIGGERS[name].clean_label_only else "all2one"), train.shape)
         except UserError:
-            continue  # no clean network for these images
+            continue  # no clean network for these images, or no reversed trigger
         trigger.see(train.images)
         seconds = best_time(partial(trigger, part), part.device)
         rates.append(f"{name.removesuffix('Trigger')} {len(part) / seconds / 1e6:.3g}")
@@ -357,7 +357,7 @@ def stamping_rates(config, train):
 def poisoning_times(config, train):
     """Text with the seconds of poisoning, from nothing to stamped images, for triggers that optimise nothing."""
     times = []
-    for name in sorted(set(attacks.TRIGGERS) - {"trojanTrigger", "clTrigger", "inputAwareTrigger"}):
+    for name in sorted(set(attacks.TRIGGERS) - {"trojanTrigger", "clTrigger", "inputAwareTrigger", "reversedTrigger"}):
         def poison(name=name):
             poisoned = DatasetBD(replace(config, trigger_type=name), train)
             poisoned.take(torch.cat([poisoned.poisoned, poisoned.cover]))

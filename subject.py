@@ -17,7 +17,7 @@ from utils.seeds import derive
 
 OF_THE_ATTACK = [f.name for f in fields(AttackConfig)]
 NOT_COMPARED = ("inject_portion", "cover_portion", "clean_model")  # of no consequence for what is measured
-FILES = ("blend_image", "reflection_root", "clean_model")  # paths are never taken from a checkpoint
+FILES = ("blend_image", "reversed_file", "reflection_root", "clean_model")  # paths are never taken from a checkpoint
 
 
 def student_path(config):
@@ -76,7 +76,7 @@ def load_trigger(config, content, stored, images):
     if config.trigger_type == "none":
         return None
     same = all(stored.get(name) == getattr(config, name) for name in ("trigger_type", "trigger_seed"))
-    state = content.get("trigger") if same and not config.blend_image else None
+    state = content.get("trigger") if same and not (config.blend_image or config.reversed_file) else None
     if stored.get("reflection_root") and not config.reflection_root and config.trigger_type == "refoolTrigger":
         raise UserError("--reflection_root: the network was trained with reflections from a folder; name it")
     trigger = attacks.make_trigger(config, images.shape[1:], state if isinstance(state, dict) else None)

@@ -23,7 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"attacks.{_module.name}")
 
 OURS = ("blend", "clean_label", "four_corner", "grid", "input_aware", "multi", "random_pixel", "refool",
-        "shape", "signal", "square", "trojan", "wanet")
+        "reversed", "shape", "signal", "square", "trojan", "wanet")
 OWN_CODE.update((("trigger_type", name), sys.modules[cls.__module__].__file__) for name, cls in TRIGGERS.items()
                 if cls.__module__.rpartition(".")[2] not in OURS)
 SHAPES = ("triangle", "square", "hexagon", "circle", "parallelogram", "quadrant", "semicircle")

@@ -104,13 +104,15 @@ class Trigger:
         return self.to(images.device)
 
 
-def checked(state, name, shape):
-    """The uint8 tensor ``name`` of a trigger's ``state``, which came from an untrusted file. Raises ``UserError``."""
+def checked(state, name, shape, dtype=torch.uint8):
+    """The tensor ``name`` of a trigger's ``state``, which came from an untrusted file; floats are in [0, 1]. Raises
+    ``UserError``."""
     tensor = state.get(name)
     if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" \
-            or tensor.dtype != torch.uint8 or tuple(tensor.shape) != tuple(shape):
-        raise UserError(f"the {name} in the checkpoint is not what this attack needs, {' x '.join(map(str, shape))} "
-                        f"(channels x height x width)")
+            or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) \
+            or (tensor.is_floating_point() and not ((tensor >= 0) & (tensor <= 1)).all()):
+        raise UserError(f"the {name} in the file is not what this attack needs, {' x '.join(map(str, shape))} "
+                        f"(channels x height x width) of {dtype}")
     return tensor
 
 

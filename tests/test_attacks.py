@@ -20,11 +20,12 @@ from attacks.trojan import optimise, strongest_neurons
 from attacks.wanet import identity_grid, warp_grid
 from config import AttackConfig, UserError
 from data_loader import DatasetBD, backdoor_tests
+from defenses.neural_cleanse import Triggers
 from models import select_model
 from utils.data import TensorData
 from utils.seeds import generator
 
-STATIC = sorted(set(attacks.TRIGGERS) - {"clTrigger", "trojanTrigger"})  # the others need a clean network
+STATIC = sorted(set(attacks.TRIGGERS) - {"clTrigger", "trojanTrigger", "reversedTrigger"})  # those need a file
 
 
 def options(**changes):
@@ -42,10 +43,20 @@ def some_data(per_class=20, n_classes=10, shape=(3, 32, 32)):
     return TensorData(noise(len(labels), shape), labels, range(n_classes))
 
 
+def reversed_triggers(path, labels=(5, 0), **changes):
+    """Write what detect.py writes: a mask and a pattern for each of ``labels``. Returns it."""
+    gen = torch.Generator().manual_seed(0)
+    found = {"labels": list(labels), "masks": torch.rand(len(labels), 1, 32, 32, generator=gen),
+             "patterns": torch.rand(len(labels), 3, 32, 32, generator=gen), **changes}
+    torch.save(found, path)
+    return found
+
+
 @pytest.fixture
 def clean_model(tmp_path, monkeypatch):
-    """A checkpoint of a small network, in a folder of its own where caches may be written."""
+    """A checkpoint of a small network, and reversed triggers, in a folder of its own where caches may be written."""
     monkeypatch.chdir(tmp_path)
+    reversed_triggers("triggers.pt")
     torch.manual_seed(0)
     state = select_model("CIFAR10", "WRN-10-1").state_dict()
     torch.save({"state_dict": state, "config": {"s_name": "WRN-10-1", "dataset": "CIFAR10"}}, "clean.tar")
@@ -212,6 +223,37 @@ def test_blend_image_from_a_file(tmp_path):
     for name, words in (("b.png", "cannot be read"), ("c.png", "No such file")):
         with pytest.raises(UserError, match=words):
             attacks.make_trigger(options(trigger_type="blendTrigger", blend_image=str(tmp_path / name)), (3, 32, 32))
+
+
+def test_a_reversed_trigger_is_the_one_that_neural_cleanse_measured(tmp_path):
+    file = tmp_path / "triggers.pt"
+    found = reversed_triggers(file)
+    opt = {"trigger_type": "reversedTrigger", "reversed_file": str(file)}
+    own = Triggers(found["labels"], found["masks"], found["patterns"], None)
+    for k, label in enumerate(found["labels"]):
+        trigger = attacks.make_trigger(options(**opt, target_label=label), (3, 32, 32))
+        assert torch.equal(trigger(noise(9)), own.stamp(noise(9), k))
+        again = attacks.make_trigger(options(trigger_type="reversedTrigger"), (3, 32, 32), trigger.state())
+        assert torch.equal(again(noise(9)), trigger(noise(9))), "a checkpoint's trigger needs no file"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "--target_label 3: .* holds triggers for 5, 0"),
+    ({"target_type": "all2all"}, "has many"),
+    ({"reversed_file": ""}, "--reversed_file is needed"),
+    ({"reversed_file": "none.pt"}, "no such checkpoint: none.pt"),
+    ({"labels": [3, 4], "masks": torch.zeros(2)}, "is not a triggers.pt"),
+    ({"labels": [3], "masks": torch.zeros(2, 1, 32, 32)}, "is not a triggers.pt"),
+    ({"labels": [3, 4], "masks": torch.full((2, 1, 32, 32), 1.5)}, "the mask in the file is not what"),
+    ({"labels": [3, 4], "patterns": torch.full((2, 3, 32, 32), math.nan)}, "the pattern in the file is not what"),
+    ({"labels": [3, 4], "masks": torch.zeros(2, 1, 16, 16)}, "not what this attack needs, 1 x 32 x 32"),
+])
+def test_reversed_triggers_that_will_not_do(tmp_path, changes, words):
+    held = {name: changes.pop(name) for name in ("labels", "masks", "patterns") if name in changes}
+    reversed_triggers(tmp_path / "triggers.pt", **held)
+    opt = {"trigger_type": "reversedTrigger", "reversed_file": str(tmp_path / "triggers.pt"), "target_label": 3}
+    with pytest.raises(UserError, match=words):
+        attacks.make_trigger(options(**{**opt, **changes}), (3, 32, 32))
 
 
 def test_wanet_grid_and_identity():
@@ -491,7 +533,7 @@ def test_trojan_excites_the_chosen_neurons(clean_model, monkeypatch):
     moved = attacks.make_trigger(options(trigger_type="trojanTrigger", trig_w=5, trig_h=4, trig_distance=6),
                                  (3, 32, 32), state)(images)
     assert torch.equal(moved[:, :, 22:26, 21:26], out[:, :, 27:31, 26:31]), "the patch goes where it is told to"
-    with pytest.raises(UserError, match="the patch in the checkpoint is not what this attack needs, 3 x 3 x 3"):
+    with pytest.raises(UserError, match="the patch in the file is not what this attack needs, 3 x 3 x 3"):
         attacks.make_trigger(options(trigger_type="trojanTrigger"), (3, 32, 32), state)
     with pytest.raises(UserError, match="needs images to optimise the patch on"):
         DatasetBD(opt, some_data(), mode="test")
@@ -802,8 +844,8 @@ def test_nothing_is_drawn_from_the_global_streams(monkeypatch):
 def test_triggers_stay_on_a_gpu_without_waiting_for_it(name, clean_model, monkeypatch):
     """Tensors without content stand in for a GPU: a wrong device, or an answer that is waited for, raises."""
     target_type = "cleanLabel" if attacks.TRIGGERS[name].clean_label_only else "all2one"
-    trigger = attacks.make_trigger(options(trigger_type=name, target_type=target_type, clean_model=clean_model),
-                                   (3, 32, 32))
+    trigger = attacks.make_trigger(options(trigger_type=name, target_type=target_type, clean_model=clean_model,
+                                           reversed_file="triggers.pt"), (3, 32, 32))
     trigger.trained = True
     trigger.see(noise(60))
     own = torch.Tensor.to
@@ -835,7 +877,7 @@ def test_a_trigger_says_which_options_it_uses(name, clean_model):
 
     cls = attacks.TRIGGERS[name]
     opt = Watched(trigger_type=name, target_type="cleanLabel" if cls.clean_label_only else "all2one",
-                  clean_model=clean_model, pgd_steps=1)
+                  clean_model=clean_model, pgd_steps=1, reversed_file="triggers.pt")
     opt.data, opt.s_name, opt.amp = "CIFAR10", "WRN-10-1", "off"  # as ``complete`` leaves it
     trigger = cls((3, 32, 32), opt)
     images = noise(4)

@@ -743,6 +743,26 @@ def test_the_picture_of_the_threshold_starts_at_the_whole_networks_acc_and_asr(c
             assert ("never below" in line) == (asr[at] >= limit)
 
 
+def test_main_measures_with_a_trigger_that_detect_found(copied, monkeypatch, capsys):
+    monkeypatch.setattr(neural_cleanse, "outliers", lambda triggers: [4])
+    quick = [*SMALL, "--ratio", "0.2", "--nc_steps", "10", "--nc_batch_size", "2", "--detector", "neural_cleanse"]
+    assert run_script(detect.main, DetectConfig, quick) == 0
+    flags = capsys.readouterr().out.partition("trigger working: ")[2].split("\n")[0].split()
+    assert flags[-2:] == ["--target_label", "4"]
+    clp = [*ERASE, "--defense", "clp", "--beside", "0"]
+    found = torch.load(flags[flags.index("--reversed_file") + 1], weights_only=True)
+    assert run_script(main.main, EraseConfig, [*clp, *flags]) == 0
+    shutil.rmtree("pictures")
+    erased = Path("weight/erasing_net/shapes10/WRN-10-1.tar")
+    again = [*clp, "--s_model", str(erased), "--checkpoint_root", "again"]
+    assert run_script(main.main, EraseConfig, again) == 0, "the trigger is kept beside the erased network"
+    for path in (erased, Path("again/WRN-10-1.tar")):
+        content = torch.load(path, weights_only=True)
+        assert (content["attack"]["trigger_type"], content["attack"]["target_label"]) == ("reversedTrigger", 4)
+        assert torch.equal(content["trigger"]["mask"], found["masks"][4])
+        assert torch.equal(content["trigger"]["pattern"], found["patterns"][4])
+
+
 def test_detect_doubts_an_outlier_whose_mask_is_not_small():
     assert detect.verdict([], []) == "no label stands out"
     assert detect.verdict([5, 1], [0.11, 0.7]) == "backdoored, target label 5"

@@ -90,7 +90,8 @@ def start_of(config):
         files["clean_model"] = config.clean_model
     files.update((f"{name}_file", OWN_CODE[what]) for name in ("defense", "first", "trigger_type")
                  if (what := ("defense" if name == "first" else name, getattr(config, name, ""))) in OWN_CODE)
-    files.update((name, path) for name in ("blend_image", "reference") if (path := getattr(config, name, "")))
+    files.update((name, path) for name in ("blend_image", "reversed_file", "reference")
+                 if (path := getattr(config, name, "")))
     found = {name: file_hash(path) if Path(path).is_file() else "" for name, path in files.items()}
     folders = {"data_root": data_root(config) if getattr(config, "dataset", "") == "folder" else "",
                "reflection_root": getattr(config, "reflection_root", "")}
