@@ -11,6 +11,7 @@ Needs matplotlib (pip install matplotlib); elsewhere only detect.py's and benchm
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -148,7 +149,7 @@ def grid(config, subject, titles, draw, name, title):
         draw(row[1:], image)
     for axis, text in zip(axes[0], ["image", *titles], strict=True):
         axis.set_title(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 16 * (1 + len(titles))), fontsize=9)  # narrow with one network
     save(figure, config, name)
 
 

@@ -649,6 +649,14 @@ def drawn(monkeypatch):
     return figures
 
 
+def test_the_title_of_a_picture_of_one_network_is_not_cut_off(copied, drawn):
+    assert picture("gradcam", "--images", "1") == 0
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+
+
 def test_attention_and_gradcam_show_each_network_on_clean_and_triggered_images(copied, drawn):
     assert erase("--epochs", "1", "--defense", "finetune") == 0
     args = ["--images", "2", "--networks", "weight/erasing_net/shapes10/WRN-10-1.tar"]
