@@ -9,6 +9,7 @@ and .png of each suspected label, or of the smallest mask, beside the real trigg
 histogram to a folder in --out, and one line of results/detect.jsonl.
 """
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -102,7 +103,7 @@ def cleanse(subject, config, folder):
         save_examples(subject, triggers, shown, folder / "images.png")
     if config.save and labels:
         say(f"how often main.py leaves such a trigger working: --trigger_type reversedTrigger --reversed_file "
-            f"{folder / 'triggers.pt'} --target_label {labels[0]}")
+            f"{shlex.quote(str(folder / 'triggers.pt'))} --target_label {labels[0]}")
     return {"suspects": labels, "norms": [round(v, 3) for v in triggers.norms.tolist()],
             "of_the_median": [round(v, 3) for v in sizes.tolist()],
             "anomaly_indices": [round(v, 3) for v in index.tolist()],

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import AttackConfig, UserError, convert, not_default, student_file
+from config import AttackConfig, UserError, convert, not_default, student_file, unused
 from data_loader import DatasetCL, backdoor_tests, load_data
 from models import check_name, select_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -148,4 +148,6 @@ def study(config, content, attack, device):
                          image_size=train.shape[1], normalize=config.normalize)
     load_weights(model, content, path, config.s_name)
     warn_about(stored, attack, path)
+    for name in filter(not_default(config).__contains__, unused(attack, attacks.without_unused)):
+        say(f"note: --{name} is not used by --trigger_type {attack.trigger_type} --target_type {attack.target_type}")
     return Subject(path, model.to(device).eval(), clean, test, train.source, attack, trigger, poisoned_test, parts, aim)

@@ -463,6 +463,14 @@ def test_options_of_another_trigger_are_not_passed_over_in_silence(workplace, ca
     assert out.count("is not used") == 3
 
 
+def test_main_says_which_options_of_an_attack_its_trigger_does_not_use(copied, capsys):
+    assert erase("--defense", "clp", "--beside", "0", "--save", "0", "--reversed_file", "triggers.pt", "--trig_w", "4",
+                 "--n_triggers", "2") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "is not used by --trigger_type" in line]
+    assert [line.split()[1] for line in notes] == ["--n_triggers", "--reversed_file"]
+    assert notes[0].endswith("--trigger_type gridTrigger --target_type all2one")
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--s_model", "none.tar"], "no such checkpoint: none.tar"),
     (["--s_name", "WRN-16-1", "--s_model", str(STUDENT)], "it fits --s_name WRN-10-1 with 10 classes"),
