@@ -101,9 +101,9 @@ def cleanse(subject, config, folder):
     if config.save:
         save_triggers(triggers, index, shown, folder)
         save_examples(subject, triggers, shown, folder / "images.png")
-    if config.save and labels:
-        say(f"how often main.py leaves such a trigger working: --trigger_type reversedTrigger --reversed_file "
-            f"{shlex.quote(str(folder / 'triggers.pt'))} --target_label {labels[0]}")
+        if labels:
+            say(f"how often main.py leaves such a trigger working: --trigger_type reversedTrigger --reversed_file "
+                f"{shlex.quote(str(folder / 'triggers.pt'))} --target_label {labels[0]}")
     return {"suspects": labels, "norms": [round(v, 3) for v in triggers.norms.tolist()],
             "of_the_median": [round(v, 3) for v in sizes.tolist()],
             "anomaly_indices": [round(v, 3) for v in index.tolist()],

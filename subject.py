@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import AttackConfig, UserError, convert, not_default, student_file, unused
+from config import AttackConfig, UserError, convert, not_default, student_file
 from data_loader import DatasetCL, backdoor_tests, load_data
 from models import check_name, select_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -76,7 +76,7 @@ def load_trigger(config, content, stored, images):
     if config.trigger_type == "none":
         return None
     same = all(stored.get(name) == getattr(config, name) for name in ("trigger_type", "trigger_seed"))
-    state = content.get("trigger") if same and not (config.blend_image or config.reversed_file) else None
+    state = content.get("trigger") if same and not config.blend_image else None
     if stored.get("reflection_root") and not config.reflection_root and config.trigger_type == "refoolTrigger":
         raise UserError("--reflection_root: the network was trained with reflections from a folder; name it")
     trigger = attacks.make_trigger(config, images.shape[1:], state if isinstance(state, dict) else None)
@@ -148,6 +148,6 @@ def study(config, content, attack, device):
                          image_size=train.shape[1], normalize=config.normalize)
     load_weights(model, content, path, config.s_name)
     warn_about(stored, attack, path)
-    for name in filter(not_default(config).__contains__, unused(attack, attacks.without_unused)):
-        say(f"note: --{name} is not used by --trigger_type {attack.trigger_type} --target_type {attack.target_type}")
+    for line in attacks.advice(attack, not_default(config)):
+        say(f"note: {line}")
     return Subject(path, model.to(device).eval(), clean, test, train.source, attack, trigger, poisoned_test, parts, aim)

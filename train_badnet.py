@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import attacks
-from config import TrainConfig, UserError, student_file, unused
+from config import TrainConfig, UserError, not_default, student_file
 from data_loader import DatasetBD, backdoor_tests, load_data
 from models import select_model
 from utils.data import Batches, make_augment
@@ -52,8 +52,8 @@ def train_in(team, config):
 
     if config.optimizer != "muon" and config.turn != TrainConfig.turn:
         say(f"note: --turn is not used by --optimizer {config.optimizer}")
-    for name in unused(config, attacks.without_unused):
-        say(f"note: --{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}")
+    for line in attacks.advice(config, not_default(config)):
+        say(f"note: {line}")
     trigger, poisoned_test, parts, aim, about, prepared = None, None, {}, None, "no trigger", 0.0
     with team.in_turn():
         train, test = load_data(config, True).to(device), load_data(config, False).to(device)

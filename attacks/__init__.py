@@ -16,7 +16,7 @@ from attacks.base import (
     poisoned_labels,
     scored,
 )
-from config import AttackConfig
+from config import AttackConfig, unused
 from utils.files import OWN_CODE
 
 for _module in pkgutil.iter_modules(__path__):
@@ -69,6 +69,12 @@ def without_unused(options):
     return {f.name: given[f.name] if f.name in used else f.default for f in fields(AttackConfig)}
 
 
+def advice(config, given):
+    """What to say of the options named in ``given`` that the attack of ``config`` does not use: lines of text."""
+    return [f"--{name} is not used by --trigger_type {config.trigger_type} --target_type {config.target_type}"
+            for name in unused(config, without_unused) if name in given]
+
+
 def preset_name(options):
     """The name in ``PRESETS`` of the attack with ``options`` (a dict; what is missing has its default), or ''."""
     def what_counts(given):
@@ -78,5 +84,5 @@ def preset_name(options):
     return next((name for name, given in PRESETS.items() if what_counts(given) == wanted), "")
 
 
-__all__ = ["EVERY", "PRESETS", "TRIGGERS", "choose_cover", "choose_poisoned", "complete", "make_trigger",
+__all__ = ["EVERY", "PRESETS", "TRIGGERS", "advice", "choose_cover", "choose_poisoned", "complete", "make_trigger",
            "must_be_clean", "parts", "poisoned_labels", "preset_name", "scored", "without_unused"]

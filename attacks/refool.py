@@ -34,7 +34,7 @@ def read_photos(folder, shape, count, gen):
     channels, h, w = shape
     if not Path(folder).is_dir():
         raise UserError(f"--reflection_root {folder}: no such folder")
-    files = sorted(Path(folder) / path for path in images_below(folder))
+    files = sorted(Path(folder) / path for path in images_below(folder))  # by parts: which are drawn depends on it
     if not files:
         raise UserError(f"--reflection_root {folder}: holds no images ({', '.join(IMAGE_ENDINGS)})")
     photos = []

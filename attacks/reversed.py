@@ -6,9 +6,10 @@ attacker's own may be another one, and may work where this one has stopped.
 
 import torch
 
-from attacks.base import Trigger, checked, in_pieces, register, to_uint8
+from attacks.base import Trigger, checked, in_pieces, register
 from config import UserError
 from utils.checkpoint import load_checkpoint
+from utils.data import masked
 
 
 def read_trigger(path, label):
@@ -41,8 +42,7 @@ class ReversedTrigger(Trigger):
 
     def __call__(self, images, indices=None, part=None):
         self.ready(images)
-        rest, added = 1 - self.mask, 255 * self.mask * self.pattern
-        return in_pieces(lambda x: to_uint8(x.float().mul_(rest).add_(added)), images)
+        return in_pieces(lambda x: masked(x, self.mask, self.pattern), images)
 
     def state(self):
         return {"mask": self.mask.cpu(), "pattern": self.pattern.cpu()}

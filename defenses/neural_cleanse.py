@@ -27,7 +27,7 @@ from defenses import pruning
 from defenses.finetune import clean_batches, recipe
 from utils.channels import accuracy, channel_norms, last_layer, pruned_gradually, split_off, zero_channels
 from utils.checkpoint import cached, tensor_hash
-from utils.data import TensorData, to_float
+from utils.data import TensorData, masked, to_float
 from utils.devices import use_bf16
 from utils.engine import Progress, autocast, clone, cross_entropy, fit, percent, predict
 from utils.seeds import generator
@@ -65,8 +65,7 @@ class Triggers:
         return torch.cat([self.stamp_some(part, k) for part, k in zip(images.split(size), which, strict=False)])
 
     def stamp_some(self, images, k):
-        m, d = self.masks[k].to(images.device), self.patterns[k].to(images.device)
-        return (images.float() * (1 - m) + 255 * m * d).round_().clamp_(0, 255).to(torch.uint8)
+        return masked(images, self.masks[k].to(images.device), self.patterns[k].to(images.device))
 
 
 def anomaly_indices(norms):

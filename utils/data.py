@@ -213,6 +213,11 @@ def make_augment(config):
     return Augment(4 if config.augment else 0, config.augment and config.dataset not in NO_FLIP, config.cutout)
 
 
+def masked(images, mask, pattern):
+    """uint8 ``images`` (N, C, H, W) as ``(1 - mask) x + mask pattern``, both float32 in [0, 1] that broadcast."""
+    return (images.float() * (1 - mask) + 255 * mask * pattern).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def to_float(images):
     """uint8 ``(B, C, H, W)`` as float32 in [0, 1], channels last."""
     return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
