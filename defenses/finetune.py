@@ -6,7 +6,7 @@ from utils.engine import clone, cross_entropy, fit
 
 TITLE = "fine-tuning"
 TRAINING = ("epochs", "batch_size", "lr_schedule", "freeze_bn", "precise_bn", "momentum", "weight_decay", "augment",
-            "cutout")  # the options that it reads of those that defenses share
+            "cutout", "pairing")  # the options that it reads of those that defenses share
 
 
 def recipe(model, config):

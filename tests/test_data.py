@@ -145,12 +145,13 @@ def test_batches_depend_on_seed_name_and_epoch_only():
 
 
 @pytest.mark.parametrize(("options", "expected"), [
-    ({"dataset": "CIFAR10"}, (4, True, 0)), ({"dataset": "MNIST"}, (4, False, 0)),
-    ({"dataset": "GTSRB"}, (4, False, 0)), ({"cutout": 9}, (4, True, 9)),
-    ({"augment": False, "cutout": 5}, (0, False, 5)), ({"augment": False}, None)])
+    ({"dataset": "CIFAR10"}, (4, True, 0, 0)), ({"dataset": "MNIST"}, (4, False, 0, 0)),
+    ({"dataset": "GTSRB"}, (4, False, 0, 0)), ({"cutout": 9}, (4, True, 9, 0)),
+    ({"augment": False, "cutout": 5}, (0, False, 5, 0)), ({"augment": False, "pairing": 0.5}, (0, False, 0, 0.5)),
+    ({"augment": False}, None)])
 def test_the_augmentation_that_a_configuration_asks_for(options, expected):
     made = make_augment(TrainConfig(**options))
-    assert (made and (made.pad, made.flip, made.cutout)) == expected
+    assert (made and (made.pad, made.flip, made.cutout, made.pairing)) == expected
 
 
 def test_crop_and_flip_against_a_plain_loop():
@@ -166,6 +167,22 @@ def test_crop_and_flip_against_a_plain_loop():
         assert torch.equal(out[i], crop.flip(2) if draw["flip"][i] else crop)
     assert draw["flip"].any()
     assert not Augment(flip=False).draw(100, (3, 32, 32), torch.Generator())["flip"].any()
+
+
+def test_pairing_mixes_in_the_image_before_and_keeps_the_label():
+    data = toy(64)
+    out = Augment(pairing=0.5).pair(data.images[:3], torch.tensor([0, 0.25, 0.5]))
+    assert torch.equal(out[0], data.images[0])
+    for i, w in ((1, 0.25), (2, 0.5)):
+        mixed = (1 - w) * data.images[i].double() + w * data.images[i - 1].double()
+        assert (out[i] - mixed).abs().max() <= 0.5
+    (alone, labels), = Batches(data, 64, Augment(cutout=9), seed=1).epoch(3)
+    (paired, kept), = Batches(data, 64, Augment(cutout=9, pairing=0.4), seed=1).epoch(3)
+    assert torch.equal(labels, kept)
+    hole = (alone == 0) & (paired == 0)
+    seen = alone.roll(1, 0)
+    weight = ((paired - alone) / (seen - alone))[(~hole) & (seen > 0) & (alone > 0) & ((seen - alone).abs() > 0.5)]
+    assert weight.min() > -0.01 and 0.3 < weight.max() < 0.41  # drawn anew for each image
 
 
 def test_cutout_cuts_a_hole_of_its_side():

@@ -130,10 +130,10 @@ def as_tensor_data(data, n_classes=None):
 
 
 class Augment:
-    """Random crop (padding ``pad`` pixels of black), horizontal flip and cutout on whole batches, on the device."""
+    """Random crop (padding ``pad`` pixels of black), flip, pairing and cutout on whole batches, on the device."""
 
-    def __init__(self, pad=4, flip=True, cutout=0):
-        self.pad, self.flip, self.cutout = pad, flip, cutout
+    def __init__(self, pad=4, flip=True, cutout=0, pairing=0.0):
+        self.pad, self.flip, self.cutout, self.pairing = pad, flip, cutout, pairing
 
     def draw(self, n, shape, gen):
         """The random numbers for ``n`` images, drawn on the CPU so that they are the same on every device."""
@@ -142,7 +142,8 @@ class Augment:
                 "dx": torch.randint(0, 2 * self.pad + 1, (n,), generator=gen),
                 "flip": torch.randint(0, 2, (n,), generator=gen).bool() & self.flip,
                 "cy": torch.randint(0, h, (n,), generator=gen),
-                "cx": torch.randint(0, w, (n,), generator=gen)}
+                "cx": torch.randint(0, w, (n,), generator=gen),
+                "weight": self.pairing * torch.rand(n, generator=gen)}
         return draw
 
     def move(self, images, dy, dx, flip):
@@ -155,6 +156,13 @@ class Augment:
         cols = dx[:, None] + torch.where(flip[:, None], w - 1 - cols, cols)  # (B, W)
         first = torch.arange(b, device=images.device)[:, None, None]
         return images.permute(0, 2, 3, 1)[first, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+    def pair(self, images, weight):
+        """Each image with ``weight`` (B,) parts of the one before it in the batch; its label stays its own.
+
+        SamplePairing (Inoue 2018, arXiv 1801.02929) has one weight, 0.5; here it is drawn, up to ``pairing``.
+        """
+        return torch.lerp(images.float(), images.roll(1, 0).float(), weight[:, None, None, None]).round_().byte()
 
     def cut(self, images, cy, cx):
         """Cutout (DeVries and Taylor 2017): a black square of side ``cutout`` around (cy, cx), clipped at the edge."""
@@ -199,6 +207,8 @@ class Batches:
                 images = data.stamped(images, indices, epoch)
             if self.augment:
                 images = self.augment.move(images, *(draw[name][part] for name in ("dy", "dx", "flip")))
+                if self.augment.pairing:
+                    images = self.augment.pair(images, draw["weight"][part])
                 if self.augment.cutout:
                     images = self.augment.cut(images, draw["cy"][part], draw["cx"][part])
             if self.stamp == "after":
@@ -207,10 +217,11 @@ class Batches:
 
 
 def make_augment(config):
-    """The ``Augment`` that ``--augment``, ``--cutout`` and the data set ask for, or None."""
-    if not config.augment and not config.cutout:
+    """The ``Augment`` that ``--augment``, ``--cutout``, ``--pairing`` and the data set ask for, or None."""
+    if not config.augment and not config.cutout and not config.pairing:
         return None
-    return Augment(4 if config.augment else 0, config.augment and config.dataset not in NO_FLIP, config.cutout)
+    return Augment(4 if config.augment else 0, config.augment and config.dataset not in NO_FLIP, config.cutout,
+                   config.pairing)
 
 
 def masked(images, mask, pattern):
