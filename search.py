@@ -10,8 +10,9 @@ without 5,000 held-out images (once). Each combination of the values given erase
 set and the evaluated triggers are never touched. One line each in results/search.jsonl; those that are there already
 are not run again.
 
-Three networks: "muon" and "sgd" (``--surrogate``) were trained for 15 epochs with three backdoors of 4% each; "strong"
-for 10 epochs with Muon, three backdoors of 8% each and a clean-label one in 80% of a class.
+Networks (``--surrogate``): "muon" and "sgd" were trained for 15 epochs with three backdoors of 4% each; "strong" for
+10 epochs with Muon, three backdoors of 8% each and a clean-label one in 80% of a class; "haze" as "strong", with one
+more of 8% that lays another of 50 pictures over each image.
 
 The score, fixed before the search: points of accuracy lost + mean attack success rate, in percent; lower is better.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import defenses
 from config import EraseConfig, TrainConfig, UserError, as_dict, convert
@@ -78,6 +80,14 @@ def texture(images):
     return (images.float() + 12 - 24 * ((y[:, None] + x) % 2)).clamp(0, 255).to(torch.uint8)
 
 
+def haze(images, weight=0.35, count=50):
+    """One of ``count`` smooth random pictures, mixed in at 35%; which one, the sum of the image's pixels decides."""
+    coarse = torch.randn(count, images.shape[1], 4, 4, generator=generator(SEED, "haze"))
+    pictures = 255 * F.interpolate(coarse, images.shape[2:], mode="bicubic").sigmoid()
+    chosen = pictures[images.flatten(1).long().sum(1) % count]
+    return ((1 - weight) * images.float() + weight * chosen).round().to(torch.uint8)
+
+
 @dataclass
 class Backdoor:
     """One surrogate: its trigger, target class, and share of the training images, or of its class if clean-label."""
@@ -91,7 +101,8 @@ class Backdoor:
 WEAK = (Backdoor(coloured_patch, 1, 0.04), Backdoor(faint_noise, 4, 0.04), Backdoor(blue_frame, 7, 0.04))
 STRONG = (Backdoor(coloured_patch, 1, 0.08), Backdoor(noise, 4, 0.08), Backdoor(blue_frame, 7, 0.08),
           Backdoor(texture, 2, 0.8, clean_label=True))
-NETWORKS = {"muon": (WEAK, 15), "sgd": (WEAK, 15), "strong": (STRONG, 10)}  # backdoors, epochs
+NETWORKS = {"muon": (WEAK, 15), "sgd": (WEAK, 15), "strong": (STRONG, 10),
+            "haze": ((*STRONG, Backdoor(haze, 9, 0.08)), 10)}  # backdoors, epochs
 
 
 class SurrogateSet(TensorData):

@@ -451,3 +451,17 @@ def test_batches_of_the_recipe_searchs_surrogate():
     assert set(poisoned.labels[changed].tolist()) == {1, 4, 7}, "the clean-label one changes no label"
     images = torch.cat([images for images, _ in Batches(poisoned, 50).epoch(0)])
     assert images.flatten(1).any(1).sum() == 60, "triggers on black images"
+
+
+def test_each_surrogate_trigger_changes_images_alike_on_every_call():
+    import search
+
+    images = toy(8).images
+    before = images.clone()
+    for backdoor in search.NETWORKS["haze"][0]:
+        out = backdoor.trigger(images)
+        assert out.dtype == torch.uint8 and torch.equal(images, before)
+        assert not torch.equal(out, images) and torch.equal(out, backdoor.trigger(images))
+        assert torch.equal(out[3:4], backdoor.trigger(images[3:4])), "one image, one trigger"
+    laid = (search.haze(images).float() - 0.65 * images.float()) / 0.35
+    assert laid.min() > -2 and laid.max() < 257 and laid[0].std() > 20, "pictures"
