@@ -49,6 +49,7 @@ class DataConfig:
                                         "train/<class>/* and test/<class>/*")
     image_size: int = option(0, "data", "images are resized to this height and width; 0: 32, or 64 for Imagenette",
                              low=0, high=1024, unit="pixels")
+    grey: bool = option(False, "data", "read image files in grey, for a network whose input has one channel")
     train_size: int = option(0, "data", "use only so many training images, all classes alike; 0: all", low=0,
                              unit="images")
     test_size: int = option(0, "data", "use only so many test images, all classes alike; 0: all", low=0,

@@ -221,6 +221,8 @@ def load_data(config, train):
     split = "train" if train else "test"
     wanted = config.train_size if train else config.test_size
     root, source = data_root(config), source_of(config)
+    if config.grey and source != "image files":
+        raise UserError(f"--grey: is for folders of image files, not for {name}")
     if source == "generated":
         size = wanted or (50_000 if train else 10_000)
         images, labels = cached(root / f"cache-{split}-{size}.npz", "shapes10 version 4",
@@ -229,7 +231,7 @@ def load_data(config, train):
         data.source = "generated"
         data = resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
     elif source == "image files":
-        data = load_folder(root, split, config.image_size or 32, name)
+        data = load_folder(root, split, config.image_size or 32, name, "L" if config.grey else "RGB")
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
     if wanted > len(data):
@@ -285,17 +287,20 @@ def cached(path, fingerprint, make):
     return images, labels
 
 
-def as_rgb(image):
-    """The PIL ``image`` with 8 bits a channel; of 16 bits, which ``convert`` would cut off at 255, the upper 8."""
+def eight_bits(image, mode):
+    """The PIL ``image`` in ``mode``, RGB or L; of 16 bits, which ``convert`` would cut off at 255, the upper 8."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of an unknown range")
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
-def load_folder(root, split, size, dataset):
-    """The images anywhere below ``root/split/<class>/``, RGB, resized to ``size`` x ``size`` where they differ."""
+def load_folder(root, split, size, dataset, mode="RGB"):
+    """The images anywhere below ``root/split/<class>/``, resized to ``size`` x ``size`` where they differ.
+
+    ``mode``: RGB, or L for one channel of grey.
+    """
     both = {}
     for part in ("train", "test"):
         folder = root / part
@@ -328,7 +333,7 @@ def load_folder(root, split, size, dataset):
     def read(path):
         try:
             with Image.open(path) as image:
-                image = as_rgb(image)
+                image = eight_bits(image, mode)
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)
@@ -336,14 +341,15 @@ def load_folder(root, split, size, dataset):
             raise UserError(f"--data_root {root}: the image {path} cannot be read: {e}") from None
 
     def decode():
-        images = np.empty((len(files), 3, size, size), np.uint8)
+        images = np.empty((len(files), len(mode), size, size), np.uint8)
         with ThreadPoolExecutor() as pool:
             for i, array in enumerate(tqdm(pool.map(read, files, chunksize=64), f"{dataset} {split}: decoding",
                                            len(files), leave=False, mininterval=0.5)):
-                images[i] = array.transpose(2, 0, 1)
+                images[i] = array.reshape(size, size, -1).transpose(2, 0, 1)
         return images, np.array(labels, np.int64)
 
-    images, targets = cached(root / f"cache-{split}-{size}.npz", stamp.hexdigest(), decode)
+    grey = "-grey" if mode == "L" else ""
+    images, targets = cached(root / f"cache-{split}-{size}{grey}.npz", stamp.hexdigest(), decode)
     data = tensor_data(images, targets, classes)
     kinds = sorted({path.rpartition(".")[2].lower() for path in files})
     data.source = f"image files ({', '.join(kinds)})"

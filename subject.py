@@ -62,7 +62,7 @@ def with_attack(config, stored):
 
 def warn_about(stored, config, path):
     """Say so if the network was trained for another attack or data set than the one that is measured."""
-    names = ["dataset", "image_size", "normalize", "train_size"]
+    names = ["dataset", "image_size", "grey", "normalize", "train_size"]
     if config.trigger_type != "none":
         names += [n for n in OF_THE_ATTACK if n not in (*NOT_COMPARED, *FILES)]
     for name in names:

@@ -93,7 +93,7 @@ def test_files_that_are_none(tmp_path):
     (("WRN-16-2", 10, 3), ("WRN-16-1", 10, 3), "--s_name WRN-16-2 with 10 classes"),
     (("WRN-28-4", 10, 3), ("WRN-16-1", 10, 3), "--s_name WRN-28-4 with 10 classes"),
     (("WRN-10-1", 43, 3), ("WRN-10-1", 10, 3), "--s_name WRN-10-1 with 43 classes"),
-    (("ResNet34", 10, 1), ("WRN-10-1", 10, 3), "--s_name ResNet34 with 10 classes and 1 channels"),
+    (("ResNet34", 10, 1), ("WRN-10-1", 10, 3), "--s_name ResNet34 with 10 classes and 1 channels; --grey 1 reads"),
     (("torchvision:resnet18", 7, 3), ("ResNet34", 10, 3), "--s_name torchvision:resnet18 with 7"),
 ])
 def test_a_mismatch_names_what_differs_and_what_fits(made, wanted, fits):

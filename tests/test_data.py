@@ -236,6 +236,20 @@ def test_folder_is_resized_and_its_cache_follows_the_files(tmp_path):
     assert len(load_data(config, True)) == 7
 
 
+def test_image_files_in_grey(tmp_path):
+    config = write_folder(tmp_path)
+    colour = load_data(config, True).images.float()
+    config.grey = True
+    grey = load_data(config, True)
+    assert grey.shape == (1, 24, 24) and torch.equal(load_data(config, True).images, grey.images)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R 601
+    assert (grey.images.float() - (weights * colour).sum(1, keepdim=True)).abs().max() < 2  # the resizing rounds too
+    config.grey = False
+    assert torch.equal(load_data(config, True).images.float(), colour)
+    with pytest.raises(UserError, match="--grey: is for folders of image files, not for shapes10"):
+        load_data(TrainConfig(dataset="shapes10", grey=True), True)
+
+
 def test_images_in_subfolders_of_a_class_and_with_16_bits(tmp_path):
     config = write_folder(tmp_path)
     (tmp_path / "train" / "cat" / "more" / "still").mkdir(parents=True)

@@ -149,6 +149,7 @@ def load_weights(model, content, path, model_name=""):
     found = differences(model, state)
     if found:
         fits = "; it fits --s_name {} with {} classes and {} channels".format(*a) if (a := architecture(state)) else ""
+        fits += "; --grey 1 reads image files so" if a and a[2] == 1 else ""
         raise UserError(f"{path} does not fit {model_name or type(model).__name__}: {'; '.join(found[:3])}"
                         f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}{fits}")
     if not all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point()):
