@@ -291,6 +291,44 @@ def render_detect(records):
     return "\n".join([*out, "", f"`python detect.py --s_model FILE --seed N`, on: {leaderboard.machines(records)}."])
 
 
+def ranks(values):
+    """The rank of each of ``values``; equal ones share theirs."""
+    return [sum(other < v for other in values) + sum(other == v for other in values) / 2 for v in values]
+
+
+def render_teacher(records):
+    """What NAD as it stands makes of its teacher, beside fine-tuning on the same batches: means by attack, and the rank
+    correlation of the runs' ASR. The setting with most lines."""
+    blocks = leaderboard.by_setting(records)
+    if not blocks:
+        return "nothing was measured yet"
+    rows, columns, *_ = leaderboard.arranged(max(blocks.values(), key=len))
+    out = ["| | runs | ACC: fine-tuning | teacher | student | ASR: fine-tuning | teacher | student |",
+           "|---|---|---|---|---|---|---|---|"]
+    everything = []
+    for column in columns:
+        tuned, erased = rows.get("fine-tuning", {}).get(column, {}), rows.get("NAD", {}).get(column, {})
+        runs = [(tuned[seed]["metrics"]["fine-tuning"], r["metrics"]["teacher"], r["metrics"]["NAD"])
+                for seed, r in erased.items() if seed in tuned and "teacher" in r["metrics"]]
+        everything += runs
+        if runs:
+            out.append(teacher_row(column, runs))
+    if len(everything) < 2:
+        return "nothing was measured yet"
+    tuned, teacher, student = ([m["asr"] for m in each] for each in zip(*everything, strict=True))
+    alike = [statistics.correlation(ranks(student), ranks(other)) for other in (teacher, tuned)]
+    return "\n".join([*out, teacher_row("all", everything), "",
+                      f"Rank correlation (Spearman) of the student's ASR over the {len(student)} runs: {alike[0]:.2f} "
+                      f"with the teacher's, {alike[1]:.2f} with that of fine-tuning."])
+
+
+def teacher_row(name, runs):
+    """One row of that table, from ``runs``, triples of metrics."""
+    cells = [f"{statistics.mean(m[key] for m in each):.1f}" for key in ("clean_acc", "asr")
+             for each in zip(*runs, strict=True)]
+    return f"| {name} | {len(runs)} | {' | '.join(cells)} |"
+
+
 FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     ROOT / "README.md": {
         "headline": (render_headline, "main.jsonl"), "benchmark": (leaderboard.render_short, "benchmark.jsonl")},
@@ -298,6 +336,7 @@ FILES = {  # {file: {section: (how it is rendered, from which lines)}}
     ROOT / "weight" / "README.md": {"trained": (render_trained, "train_badnet.jsonl")},
     PUBLISHED / "README.md": {
         "benchmark": (leaderboard.render, "benchmark.jsonl"),
+        "teacher": (render_teacher, "benchmark.jsonl"),
         "results": (render_runs, "main.jsonl"),
         "detection": (render_detect, "detect.jsonl"),
         "attack runs": (render_attack_runs, "attacks.jsonl", "benchmark.jsonl"),

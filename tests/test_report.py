@@ -106,3 +106,26 @@ def test_the_search_names_the_default_and_the_best_within_the_bound():
     again = {**line(7.0, 79.9, ft_lr=0.3), "hash": "b"}
     (row,) = [x for x in report.render_search([*lines, again]).splitlines() if x.startswith("| strong, trained again ")]
     assert "| 7.10 | 0.10 | 7.00 | ft_lr 0.3 | lowest ASR within the bound |" in row, "within its own network"
+
+
+def test_the_student_beside_its_teacher_and_fine_tuning():
+    def line(seed, attack, defense, acc=80.0, **asr):
+        r = record(seed, 0.0, defense=defense)
+        metrics = {name.replace("_", "-"): {**r["metrics"]["NAD"], "clean_acc": acc, "asr": value}
+                   for name, value in asr.items()}
+        return {**r, "cell": {"attack": attack, "defense": defense}, "inputs": {"s_model": attack},
+                "metrics": {"backdoored": r["metrics"]["backdoored"], **metrics}}
+
+    lines = [line(1, "BadNets", "nad", teacher=1.0, NAD=2.0), line(2, "BadNets", "nad", teacher=5.0, NAD=3.0),
+             line(1, "SIG", "nad", 70.0, teacher=9.0, NAD=8.0), line(3, "SIG", "nad", teacher=9.0, NAD=50.0),
+             line(1, "BadNets", "finetune", **{"fine-tuning": 30.0}),
+             line(1, "SIG", "finetune", **{"fine-tuning": 4.0}),
+             line(2, "BadNets", "finetune", 90.0, **{"fine-tuning": 10.0})]
+    assert report.render_teacher(lines).splitlines()[2:] == [
+        "| BadNets | 2 | 85.0 | 80.0 | 80.0 | 20.0 | 3.0 | 2.5 |",
+        "| SIG | 1 | 80.0 | 70.0 | 70.0 | 4.0 | 9.0 | 8.0 |",  # seed 3 has no fine-tuning beside it
+        "| all | 3 | 83.3 | 76.7 | 76.7 | 14.7 | 5.0 | 4.3 |", "",
+        "Rank correlation (Spearman) of the student's ASR over the 3 runs: 1.00 with the teacher's, -1.00 with that of "
+        "fine-tuning."]
+    assert report.render_teacher(lines[:1]) == report.render_teacher([]) == "nothing was measured yet"
+    assert report.ranks([3.0, 1.0, 3.0]) == [2.0, 0.5, 2.0]
