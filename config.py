@@ -166,7 +166,7 @@ class TrainConfig(DataConfig, AttackConfig, ModelConfig, ResumableConfig):
     augment: bool = option(True, "training", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(0, "training", "side of the square hole that cutout cuts; 0: none", low=0, unit="pixels")
     pairing: float = option(0.0, "training", "another image is mixed into each at up to this weight, the label stays "
-                                        "(SamplePairing); 0: none", low=0.0, high=0.5)
+                                             "(SamplePairing); 0: none", low=0.0, high=0.5)
     stamp: str = option("after", "training", "is the trigger stamped after or before the augmentation moves the image",
                         choices=("after", "before"))
     compile: bool = option(False, "run", "torch.compile the network for training (a slow first step; on a GPU with "
@@ -296,7 +296,7 @@ class EraseConfig(SubjectConfig, ResumableConfig):
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")
     pairing: float = option(0.0, "erasing", "another image is mixed into each at up to this weight, the label stays "
-                                       "(SamplePairing); 0: none", low=0.0, high=0.5)
+                                            "(SamplePairing); 0: none", low=0.0, high=0.5)
     beside: bool = option(True, "run", "measure fine-tuning beside the defense, on the same batches")
     reference: str = option("", "run", "checkpoint of a network without a backdoor, of the architecture --s_name, to "
                                        "measure too: its ASR is what the trigger does by itself")

@@ -231,7 +231,7 @@ def load_data(config, train):
         data.source = "generated"
         data = resized(data, config.image_size) if config.image_size not in (0, shapes10.SIZE) else data
     elif source == "image files":
-        data = load_folder(root, split, config.image_size or 32, name, "L" if config.grey else "RGB")
+        data = load_folder(root, split, config.image_size or 32, name, config.grey)
     else:
         data = load_torchvision(name, root, train, config.image_size or (64 if name == "Imagenette" else 32))
     if wanted > len(data):
@@ -296,11 +296,10 @@ def eight_bits(image, mode):
     return image.convert(mode)
 
 
-def load_folder(root, split, size, dataset, mode="RGB"):
-    """The images anywhere below ``root/split/<class>/``, resized to ``size`` x ``size`` where they differ.
-
-    ``mode``: RGB, or L for one channel of grey.
-    """
+def load_folder(root, split, size, dataset, grey):
+    """The images anywhere below ``root/split/<class>/``, RGB or ``grey``, resized to ``size`` x ``size`` where they
+    differ."""
+    mode, kind = ("L", "-grey") if grey else ("RGB", "")
     both = {}
     for part in ("train", "test"):
         folder = root / part
@@ -348,8 +347,7 @@ def load_folder(root, split, size, dataset, mode="RGB"):
                 images[i] = array.reshape(size, size, -1).transpose(2, 0, 1)
         return images, np.array(labels, np.int64)
 
-    grey = "-grey" if mode == "L" else ""
-    images, targets = cached(root / f"cache-{split}-{size}{grey}.npz", stamp.hexdigest(), decode)
+    images, targets = cached(root / f"cache-{split}-{size}{kind}.npz", stamp.hexdigest(), decode)
     data = tensor_data(images, targets, classes)
     kinds = sorted({path.rpartition(".")[2].lower() for path in files})
     data.source = f"image files ({', '.join(kinds)})"

@@ -13,12 +13,15 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 import attacks
 import defenses
 import leaderboard
 from config import AttackConfig, EraseConfig, TrainConfig, UserError, command, weight_root
 from defenses.neural_cleanse import SMALL
 from leaderboard import NOT_IN_KEY, score, spread, write_into
+from strip import ranks
 from utils.files import read_lines
 
 ROOT = Path(__file__).resolve().parent
@@ -291,11 +294,6 @@ def render_detect(records):
     return "\n".join([*out, "", f"`python detect.py --s_model FILE --seed N`, on: {leaderboard.machines(records)}."])
 
 
-def ranks(values):
-    """The rank of each of ``values``; equal ones share theirs."""
-    return [sum(other < v for other in values) + sum(other == v for other in values) / 2 for v in values]
-
-
 def render_teacher(records):
     """What NAD as it stands makes of its teacher, beside fine-tuning on the same batches: means by attack, and the rank
     correlation of the runs' ASR. The setting with most lines."""
@@ -308,18 +306,18 @@ def render_teacher(records):
     everything = []
     for column in columns:
         tuned, erased = rows.get("fine-tuning", {}).get(column, {}), rows.get("NAD", {}).get(column, {})
-        runs = [(tuned[seed]["metrics"]["fine-tuning"], r["metrics"]["teacher"], r["metrics"]["NAD"])
+        runs = [(leaderboard.outcome(tuned[seed]), r["metrics"]["teacher"], leaderboard.outcome(r))
                 for seed, r in erased.items() if seed in tuned and "teacher" in r["metrics"]]
         everything += runs
         if runs:
             out.append(teacher_row(column, runs))
     if len(everything) < 2:
         return "nothing was measured yet"
-    tuned, teacher, student = ([m["asr"] for m in each] for each in zip(*everything, strict=True))
-    alike = [statistics.correlation(ranks(student), ranks(other)) for other in (teacher, tuned)]
+    ranked = [ranks(torch.tensor([m["asr"] for m in each])) for each in zip(*everything, strict=True)]
+    with_tuned, with_teacher, _ = torch.corrcoef(torch.stack(ranked))[2].tolist()
     return "\n".join([*out, teacher_row("all", everything), "",
-                      f"Rank correlation (Spearman) of the student's ASR over the {len(student)} runs: {alike[0]:.2f} "
-                      f"with the teacher's, {alike[1]:.2f} with that of fine-tuning."])
+                      f"Rank correlation (Spearman) of the student's ASR over the {len(everything)} runs: "
+                      f"{with_teacher:.2f} with the teacher's, {with_tuned:.2f} with that of fine-tuning."])
 
 
 def teacher_row(name, runs):

@@ -42,9 +42,13 @@ def threshold(clean, frr):
     return clean.mean().item() + clean.std().item() * NormalDist().inv_cdf(frr)
 
 
+def ranks(values):
+    """How many of ``values`` (N,) lie below each of them, (N,); those equal to it, itself too, count half."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts / 2)[place]
+
+
 def auroc(clean, triggered):
     """The chance that a triggered input has a lower entropy than a clean one, ties counting half."""
-    _, ranks, counts = torch.cat([triggered, clean]).unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank of equal values, from 1
-    below = middle[ranks[len(triggered):]].double().sum() - len(clean) * (len(clean) + 1) / 2
+    below = ranks(torch.cat([triggered, clean]))[len(triggered):].double().sum() - len(clean) ** 2 / 2
     return (below / (len(clean) * len(triggered))).item()

@@ -1,6 +1,7 @@
 """The tables: means and deviations by hand, and a README that shows what results/published holds."""
 
 import pytest
+import torch
 
 import leaderboard
 import report
@@ -111,8 +112,7 @@ def test_the_search_names_the_default_and_the_best_within_the_bound():
 def test_the_student_beside_its_teacher_and_fine_tuning():
     def line(seed, attack, defense, acc=80.0, **asr):
         r = record(seed, 0.0, defense=defense)
-        metrics = {name.replace("_", "-"): {**r["metrics"]["NAD"], "clean_acc": acc, "asr": value}
-                   for name, value in asr.items()}
+        metrics = {name: {**r["metrics"]["NAD"], "clean_acc": acc, "asr": value} for name, value in asr.items()}
         return {**r, "cell": {"attack": attack, "defense": defense}, "inputs": {"s_model": attack},
                 "metrics": {"backdoored": r["metrics"]["backdoored"], **metrics}}
 
@@ -128,4 +128,4 @@ def test_the_student_beside_its_teacher_and_fine_tuning():
         "Rank correlation (Spearman) of the student's ASR over the 3 runs: 1.00 with the teacher's, -1.00 with that of "
         "fine-tuning."]
     assert report.render_teacher(lines[:1]) == report.render_teacher([]) == "nothing was measured yet"
-    assert report.ranks([3.0, 1.0, 3.0]) == [2.0, 0.5, 2.0]
+    assert report.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
