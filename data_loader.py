@@ -21,7 +21,7 @@ from tqdm import tqdm
 import attacks
 import shapes10
 from config import UserError, data_root
-from utils.data import TensorData, as_tensor_data
+from utils.data import TensorData, as_tensor_data, eight_bits
 from utils.files import IMAGE_ENDINGS, images_below, write_atomically
 from utils.seeds import generator
 
@@ -287,19 +287,10 @@ def cached(path, fingerprint, make):
     return images, labels
 
 
-def eight_bits(image, mode):
-    """The PIL ``image`` in ``mode``, RGB or L; of 16 bits, which ``convert`` would cut off at 255, the upper 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of an unknown range")
-    return image.convert(mode)
-
-
 def load_folder(root, split, size, dataset, grey):
     """The images anywhere below ``root/split/<class>/``, RGB or ``grey``, resized to ``size`` x ``size`` where they
     differ."""
-    mode, kind = ("L", "-grey") if grey else ("RGB", "")
+    channels, kind = (1, "-grey") if grey else (3, "")
     both = {}
     for part in ("train", "test"):
         folder = root / part
@@ -332,7 +323,7 @@ def load_folder(root, split, size, dataset, grey):
     def read(path):
         try:
             with Image.open(path) as image:
-                image = eight_bits(image, mode)
+                image = eight_bits(image, grey)
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)
@@ -340,7 +331,7 @@ def load_folder(root, split, size, dataset, grey):
             raise UserError(f"--data_root {root}: the image {path} cannot be read: {e}") from None
 
     def decode():
-        images = np.empty((len(files), len(mode), size, size), np.uint8)
+        images = np.empty((len(files), channels, size, size), np.uint8)
         with ThreadPoolExecutor() as pool:
             for i, array in enumerate(tqdm(pool.map(read, files, chunksize=64), f"{dataset} {split}: decoding",
                                            len(files), leave=False, mininterval=0.5)):

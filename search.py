@@ -18,6 +18,7 @@ The score, fixed before the search: points of accuracy lost + mean attack succes
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -80,11 +81,17 @@ def texture(images):
     return (images.float() + 12 - 24 * ((y[:, None] + x) % 2)).clamp(0, 255).to(torch.uint8)
 
 
-def haze(images, weight=0.35, count=50):
-    """One of ``count`` smooth random pictures, mixed in at 35%; which one, the sum of the image's pixels decides."""
-    coarse = torch.randn(count, images.shape[1], 4, 4, generator=generator(SEED, "haze"))
-    pictures = 255 * F.interpolate(coarse, images.shape[2:], mode="bicubic").sigmoid()
-    chosen = pictures[images.flatten(1).long().sum(1) % count]
+@functools.cache
+def smooth_pictures(shape, count=50):
+    """``count`` smooth random pictures of ``shape`` (C, H, W), float32 0..255."""
+    coarse = torch.randn(count, shape[0], 4, 4, generator=generator(SEED, "haze"))
+    return 255 * F.interpolate(coarse, shape[1:], mode="bicubic").sigmoid()
+
+
+def haze(images, weight=0.35):
+    """One of the smooth pictures, mixed in at 35%; which one, the sum of the image's pixels decides."""
+    pictures = smooth_pictures(images.shape[1:])
+    chosen = pictures[images.flatten(1).long().sum(1) % len(pictures)]
     return ((1 - weight) * images.float() + weight * chosen).round().to(torch.uint8)
 
 

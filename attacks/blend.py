@@ -10,6 +10,7 @@ from PIL import Image
 
 from attacks.base import Trigger, checked, draw, in_pieces, register, to_uint8
 from config import UserError
+from utils.data import eight_bits
 
 
 def read_image(path, shape):
@@ -18,7 +19,7 @@ def read_image(path, shape):
     try:
         with Image.open(path) as image:
             size = image.size
-            array = np.array(image.convert("L" if channels == 1 else "RGB"))
+            array = np.array(eight_bits(image, channels == 1))
     except Exception as e:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"--blend_image {path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if size != (w, h):

@@ -24,6 +24,7 @@ from PIL import Image
 from attacks.base import MIX, Trigger, checked, draw, in_pieces, positions, register, to_uint8
 from config import UserError
 from utils.checkpoint import tensor_hash
+from utils.data import eight_bits
 from utils.files import IMAGE_ENDINGS, images_below
 
 GAMMA = 2.2
@@ -41,7 +42,7 @@ def read_photos(folder, shape, count, gen):
     for k in torch.randperm(len(files), generator=gen)[:count].tolist():
         try:
             with Image.open(files[k]) as image:
-                image = image.convert("L" if channels == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
+                image = eight_bits(image, channels == 1).resize((w, h), Image.Resampling.BILINEAR)
                 photos.append(torch.from_numpy(np.array(image).reshape(h, w, channels).transpose(2, 0, 1).copy()))
         except Exception as e:  # Pillow's decoders raise many kinds on damaged files
             raise UserError(f"--reflection_root {folder}: {files[k]} cannot be read: {e}") from None

@@ -218,6 +218,11 @@ def test_blend_image_from_a_file(tmp_path):
     assert torch.equal(trigger(noise(1))[0], torch.from_numpy(array.transpose(2, 0, 1).copy()))
     again = attacks.make_trigger(options(trigger_type="blendTrigger"), (3, 32, 32), trigger.state())
     assert torch.equal(again.pattern, trigger.pattern), "a checkpoint's pattern needs no file"
+    ramp = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    opt_16_bits = options(trigger_type="blendTrigger", blend_image=str(tmp_path / "deep.png"))
+    pattern = attacks.make_trigger(opt_16_bits, (1, 32, 32)).pattern[0]
+    assert torch.equal(pattern.float(), torch.from_numpy((ramp / 257).round()).float())
     with pytest.raises(UserError, match="is 32 wide and 32 high, the images are 64 wide"):
         attacks.make_trigger(opt, (3, 64, 64))
     for name, words in (("b.png", "cannot be read"), ("c.png", "No such file")):

@@ -14,6 +14,15 @@ from utils.seeds import generator
 NO_FLIP = ("MNIST", "GTSRB")  # a mirrored digit or traffic sign is another one, or none
 
 
+def eight_bits(image, grey):
+    """The PIL ``image`` in RGB, or in one channel; of 16 bits, which ``convert`` would cut off at 255, the upper 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of an unknown range")
+    return image.convert("L" if grey else "RGB")
+
+
 class TensorData(Dataset):
     """Images uint8 ``(N, C, H, W)``, labels int64 ``(N,)`` and class names.
 
