@@ -180,6 +180,8 @@ def cells_of(grid, out):
             raise UserError(f"--{name}: at least one is needed (or a --preset)")
     trained, erased = [], []
     seeds = [convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ") for seed in grid["seeds"]]
+    for ratio in grid.get("ratios") or []:
+        convert(EraseConfig.__dataclass_fields__["ratio"], ratio, "--ratios: ")
     axes = [[(name, value) for value in grid.get(flag) or [None]] for name, flag in
             (("s_name", "models"), ("dataset", "datasets"), ("ratio", "ratios"))]
     for place in itertools.product(*axes):

@@ -411,7 +411,7 @@ def convert(f, value, source):
             limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
             raise UserError(f"{name}: {what} {limits} is allowed, got {value}")
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name}: one of {', '.join(meta['choices'])} is allowed, got {value!r}")
+        raise UserError(f"{name}: one of {', '.join(filter(None, meta['choices']))} is allowed, got {value!r}")
     return value
 
 

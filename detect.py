@@ -9,6 +9,7 @@ and .png of each suspected label, or of the smallest mask, beside the real trigg
 histogram to a folder in --out, and one line of results/detect.jsonl.
 """
 
+import re
 import shlex
 import sys
 import time
@@ -111,7 +112,10 @@ def cleanse(subject, config, folder):
 
 
 def save_triggers(triggers, index, shown, folder):
-    """All reversed triggers in a .pt file, those numbered ``shown`` as pictures."""
+    """All reversed triggers in a .pt file, those numbered ``shown`` as pictures, in the place of older ones."""
+    for kind in ("mask", "pattern", "trigger"):
+        for old in folder.glob(f"{kind}-*.png"):
+            old.unlink()
     save_checkpoint(folder / "triggers.pt", {"labels": triggers.labels, "masks": triggers.masks.cpu(),
                                              "patterns": triggers.patterns.cpu(), "norms": triggers.norms.cpu(),
                                              "anomaly_indices": index.cpu(), "success": triggers.success.cpu()})
@@ -177,7 +181,8 @@ def main(config):
     device = choose_device(config.device)
     config, content, attack = opened(config)
     path = Path(config.s_model)
-    folder = Path(config.out) / "-".join(["detect", path.resolve().parent.name, path.name.partition(".")[0]])
+    name = re.sub(r"(\.(tar|pth|pt))+$", "", path.name)
+    folder = Path(config.out) / f"detect-{path.resolve().parent.name}-{name}"
     if config.save:
         check_writable(folder, "out")
         check_writable(Path(config.log_root), "log_root")

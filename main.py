@@ -47,6 +47,8 @@ def notes(config, n, side):
     found += [f"--{name} is for the fine-tuning beside, --defense {config.defense} does not use it"
               for name in sorted(given.intersection(TRAINING).difference(unread) - defenses.reads(config.defense))]
     found += [f"--{name} does nothing {why}" for name, why in idle(config).items() if name in given]
+    if config.layers and "attention" not in defenses.reads(config.defense):
+        found.append(f"--layers is not used by --defense {config.defense}")
     if config.defense == "nad" and config.at_loss == "paper" and not given & {"beta1", "beta2", "beta3"}:
         found.append("--at_loss paper: the betas are meant for the other form; 0.5, 4 and 16 weigh about the same")
     if config.cutout > side / 2 and "cutout" in defenses.reads(config.defense):
@@ -70,15 +72,27 @@ def notes(config, n, side):
 
 
 def replaces(target, config):
-    """Say whose network at ``target`` the run with ``config`` will replace, if it is that of another run."""
-    try:
-        before = stored_config(load_checkpoint(target)) if target.exists() else {}
-    except UserError:
+    """Say whose network at ``target`` the run with ``config`` will replace, if it is not one of the same run."""
+    if not target.exists():
         return
     names = ("s_model", "defense", "seed")
-    if any(name in before and before[name] != getattr(config, name) for name in names):
-        about = ", ".join(f"--{name} {before[name]}" for name in names if name in before)
+    try:
+        before = stored_config(load_checkpoint(target))
+        about = ", ".join(f"--{name} {before[name]}" for name in names if name in before) or "no run of this script"
+    except UserError:
+        before, about = {}, "no run of this script"
+    if any(before.get(name) != getattr(config, name) for name in names):
         say(f"note: {target} will be replaced; it is of {about}; --checkpoint_root DIR keeps both")
+
+
+def must_differ(config, **targets):
+    """Raise ``UserError`` if a file that the run will write, by the option for its folder, is one that it reads."""
+    for option in ("s_model", "t_model", "reference"):
+        file = getattr(config, option)
+        for flag, target in targets.items():
+            if file and Path(file).resolve() == target.resolve():
+                raise UserError(f"--{option} {file}: this run would write its own network there; --{flag} DIR keeps "
+                                f"both")
 
 
 def main(config):
@@ -99,6 +113,7 @@ def main(config):
         say(f"already finished: {target}")
         return
     if config.save:
+        must_differ(config, checkpoint_root=target, teacher_root=teacher_file)
         replaces(target, config)
         check_writable(target.parent, "checkpoint_root")
         check_writable(teacher_file.parent, "teacher_root")

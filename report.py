@@ -343,7 +343,7 @@ FILES = {  # {file: {section: (how it is rendered, from which lines)}}
 
 def rendered(file, folder=PUBLISHED):
     """The texts of the sections of ``file``, by name, from the result files in ``folder``."""
-    return {name: render([r for lines in files for r in read_lines(Path(folder) / lines)])
+    return {name: render([r for lines in files for r in read_lines(Path(folder) / lines, needs="config")])
             for name, (render, *files) in FILES[file].items()}
 
 
@@ -355,6 +355,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not Path(args.folder).is_dir():
         raise UserError(f"no such folder: {args.folder}")
+    if args.write and Path(args.folder).resolve() != PUBLISHED.resolve():
+        raise UserError(f"--write {args.folder}: the tables in the READMEs are those of {PUBLISHED}; copy result files "
+                        f"there first")
     for file in FILES:
         texts = rendered(file, args.folder)
         print("\n\n".join(texts.values()), end="\n\n")

@@ -249,4 +249,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as e:
-        sys.exit(f"search.py: error: {e}")
+        print(f"search.py: error: {e}", file=sys.stderr)
+        sys.exit(2)

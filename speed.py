@@ -393,6 +393,9 @@ def main(argv=None):
     parser.add_argument("--networks", type=int, default=4, help="networks that are trained at once, in one version")
     parser.add_argument("--profile", action="store_true", help="print where the time of a training step goes, only")
     args = parser.parse_args(argv)
+    for name in ("rounds", "steps", "networks"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: at least 1 is needed, got {getattr(args, name)}")
     config = TrainConfig(dataset=args.dataset)
     erase = EraseConfig(dataset=args.dataset)
     device = choose_device(args.device)

@@ -112,7 +112,8 @@ def checked(state, name, shape, dtype=torch.uint8):
             or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) \
             or (tensor.is_floating_point() and not ((tensor >= 0) & (tensor <= 1)).all()):
         raise UserError(f"the {name} in the file is not what this attack needs, {' x '.join(map(str, shape))} "
-                        f"(channels x height x width) of {dtype}")
+                        f"(channels x height x width) of {dtype}" + (f", but {' x '.join(map(str, tensor.shape))} of "
+                        f"{tensor.dtype}" if torch.is_tensor(tensor) else ""))
     return tensor
 
 

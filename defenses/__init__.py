@@ -15,8 +15,12 @@ import importlib
 import pkgutil
 from dataclasses import fields
 
+import torch
+
 import config as configuration
 from config import EraseConfig, UserError, default_of
+from utils.data import TensorData, to_float
+from utils.engine import clone
 from utils.files import OWN_CODE
 
 OURS = ("anp", "clp", "fine_pruning", "finetune", "ftsam", "ibau", "linf_pruning", "mcr", "nad", "neural_cleanse",
@@ -39,10 +43,38 @@ def check(model, clean_data, config):
         raise UserError("--precise_bn: takes anew what --freeze_bn keeps; one of them has to go")
     if config.t_name and not config.t_model:
         raise UserError(f"--t_name {config.t_name}: names the architecture of --t_model, which is not given")
-    clean_data = clean_data.to(next(model.parameters()).device)
+    clean_data = checked(model, clean_data)
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):
             get(name).check(model, clean_data, config)
+
+
+def checked(model, clean_data):
+    """``clean_data`` on the device of ``model``, after two of its images went through. Raises ``UserError``."""
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}, a network (torch.nn.Module) is needed")
+    if not isinstance(clean_data, TensorData):
+        raise UserError(f"the clean data are a {type(clean_data).__name__}, TensorData is needed: "
+                        f"utils.data.as_tensor_data makes it of images with labels")
+    labels = clean_data.labels
+    if not len(labels):
+        raise UserError("there are no clean images")
+    if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < clean_data.n_classes:
+        raise UserError(f"labels are int64, 0 to {clean_data.n_classes - 1} for as many class names; got "
+                        f"{labels.dtype}, {labels.min()} to {labels.max()}")
+    device = next(model.parameters()).device
+    clean_data = clean_data.to(device)
+    with torch.no_grad():
+        try:
+            logits = clone(model).eval()(to_float(clean_data.images[:2]))
+        except RuntimeError as e:
+            raise UserError(f"the network does not take images {' x '.join(map(str, clean_data.shape))} (channels x "
+                            f"height x width): {str(e).partition(chr(10))[0]}") from None
+    if not torch.is_tensor(logits) or logits.ndim != 2 or logits.shape[1] < clean_data.n_classes:
+        found = f"of shape {tuple(logits.shape)}" if torch.is_tensor(logits) else f"a {type(logits).__name__}"
+        raise UserError(f"the network must return a logit for each of {clean_data.n_classes} classes, its output is "
+                        f"{found}")
+    return clean_data
 
 
 def advice(model, clean_data, config):

@@ -318,6 +318,7 @@ def test_a_run_goes_on_where_its_state_is(tmp_path):
     (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
     (["--defenses", "nad:p=wrong", "--seeds", "1"], "--defenses p: a number is needed"),
     (["--defenses", "nad", "--seeds", "one"], "--seeds: seed: a whole number"),
+    (["--defenses", "nad", "--seeds", "1", "--ratios", "2"], "--ratios: ratio: a number from 0.0 to 1.0 is allowed"),
     (["--defenses", "nad"], "--seeds: at least one is needed"),
     (["--preset", "all"], "--preset: one of "),
     (["--defenses", "nad:trigger_type=none", "--seeds", "1"], "leaves no ASR"),

@@ -257,6 +257,24 @@ def test_checks_run_on_the_device_of_the_network():
         defenses.check(network().to("meta"), toy(), short(defense=name))
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda data: [data.images, data.labels], "the clean data are a list, TensorData is needed"),
+    (lambda data: TensorData(data.images[:0], data.labels[:0], data.classes), "there are no clean images"),
+    (lambda data: TensorData(data.images, data.labels + 1, data.classes), "labels are int64, 0 to 9 .* 1 to 10"),
+    (lambda data: TensorData(data.images, data.labels.int(), data.classes), r"got torch\.int32"),
+    (lambda data: TensorData(data.images[:, :1], data.labels, data.classes), "does not take images 1 x 16 x 16"),
+    (lambda data: TensorData(data.images, data.labels, range(12)), r"for each of 12 classes, .* shape \(2, 10\)"),
+])
+def test_data_that_will_not_do_is_said_before_anything_is_trained(change, message):
+    with pytest.raises(UserError, match=message):
+        defenses.erase(network(), change(toy()), short(defense="finetune"))
+
+
+def test_a_state_dict_is_no_network():
+    with pytest.raises(UserError, match="the model is a OrderedDict, a network"):
+        defenses.erase(network().state_dict(), toy(), short())
+
+
 def test_linf_pruning_prunes_the_planted_channel(planted, monkeypatch):
     model, data, trigger = planted
     assert neural_cleanse.raised(model, "conv", data.images, trigger, [0])["linf"].argmax() == 7

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import models
 
 import defenses
 from config import EraseConfig, TrainConfig, UserError
@@ -16,7 +17,7 @@ from models import build
 from utils import devices
 from utils.data import Augment, Batches, TensorData, to_float
 from utils.devices import choose_device, hardware
-from utils.engine import Progress, cross_entropy, evaluate, fit, settle_batchnorm
+from utils.engine import Progress, cross_entropy, evaluate, fit, has_tiny_maps, settle_batchnorm
 from utils.optim import make_optimizer, orthogonalized, rate
 
 RECIPE = {"lr_schedule": "constant", "momentum": 0.9, "weight_decay": 1e-4, "seed": 1, "stage": "test"}
@@ -135,6 +136,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved():
     with pytest.raises(UserError, match=r"loss is not finite in epoch \d.*smaller --lr than "):
         fit(build("WRN-10-1", 10), cross_entropy, Batches(toy(), 16), epochs=3, lr=1e12, progress=memory, **RECIPE)
     assert all(torch.isfinite(v).all() for s in memory.saved for v in s["state_dict"].values())
+
+
+def test_bf16_is_left_where_a_convolution_sees_one_pixel():
+    class Notes(Memory):
+        said = ""
+
+        def note(self, text):
+            self.said += text
+
+    def run(size):
+        torch.manual_seed(0)
+        model, notes = models.resnet18(num_classes=10), Notes()
+        data = TensorData(toy().images[:32, :, :size, :size].contiguous(), toy().labels[:32], range(10))
+        fit(model, cross_entropy, Batches(data, 16), epochs=1, lr=0.01, amp=True, progress=notes, **RECIPE)
+        return model.state_dict(), notes.said
+
+    first, said = run(16)
+    assert "trained in float32" in said
+    assert all(torch.equal(v, first[k]) for k, v in run(16)[0].items())
+    assert all(v.dtype != torch.bfloat16 for v in first.values())
+    assert not has_tiny_maps(models.resnet18(), torch.zeros(2, 3, 64, 64))
 
 
 def test_nad_works_on_a_torchvision_model_and_named_layers():

@@ -71,6 +71,14 @@ def test_a_folder_that_is_not_there_empties_no_readme(tmp_path):
         report.main([str(tmp_path / "nowhere"), "--write"])
 
 
+def test_only_what_is_published_goes_into_the_readmes(tmp_path, capsys):
+    (tmp_path / "main.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match="copy result files there first"):
+        report.main([str(tmp_path), "--write"])
+    report.main([str(tmp_path)])
+    assert f"{tmp_path / 'main.jsonl'}:1 is no result line" in capsys.readouterr().err
+
+
 def test_what_detect_found_by_hand():
     def line(seed, erased="", trigger="gridTrigger", sizes=(1.0, 1.0, 1.0, 1.0, 1.0, 0.1), suspects=(5,), strip=None):
         attack = {"trigger_type": trigger, "target_label": 5}

@@ -442,6 +442,7 @@ def test_training_gets_the_augmentation_and_the_place_of_the_stamp(tmp_path, mon
     (["--trigger_type", "inputAwareTrigger", "--target_type", "cleanLabel"], "all2one or all2all is allowed"),
     (["--lr", "1e30"], "the loss is not finite in epoch 1"),
     (["--checkpoint_root", "/proc/nowhere"], "--checkpoint_root /proc/nowhere: cannot be written to"),
+    (["--log_root", "/dev/null"], "--log_root /dev/null: is a file, a folder is needed"),
 ])
 def test_train_badnet_refuses_in_one_line(workplace, capsys, argv, message):
     assert train(*argv) == 2
@@ -497,6 +498,41 @@ def test_main_refuses_in_one_line_and_writes_nothing(copied, capsys, argv, messa
     assert not list(Path("weight/erasing_net").rglob("*.tar"))
     assert not list(Path("weight/t_net").rglob("*.tar"))
     assert not Path("results/main.jsonl").exists()
+
+
+def test_main_never_writes_over_the_network_that_it_reads(copied, capsys):
+    mine = Path("mine/WRN-10-1.tar")
+    save_checkpoint(mine, torch.load(STUDENT, weights_only=True))
+    before = mine.read_bytes()
+    assert erase("--s_model", str(mine), "--checkpoint_root", "mine", "--defense", "clp", "--beside", "0") == 2
+    assert "--s_model mine/WRN-10-1.tar: this run would write its own network there; --checkpoint_root DIR keeps both" \
+        in capsys.readouterr().err
+    assert mine.read_bytes() == before
+    assert erase("--checkpoint_root", "mine", "--defense", "clp", "--beside", "0", "--layers", "block1") == 0
+    out = capsys.readouterr().out
+    assert "note: mine/WRN-10-1.tar will be replaced; it is of no run of this script" in out \
+        or "note: mine/WRN-10-1.tar will be replaced; it is of --seed" in out
+    assert "note: --layers is not used by --defense clp" in out
+
+
+def test_a_stage_whose_state_is_damaged_starts_anew(copied, monkeypatch, capsys):
+    def interrupted(self, stage, model, record):
+        if stage == "nad":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "epoch_done", interrupted)
+        assert erase() == 130
+    teacher, = Path("weight/erasing_net/shapes10").glob("*-resume-*/teacher.tar")
+    teacher.write_bytes(teacher.read_bytes()[:1000])
+    assert erase("--resume") == 0
+    assert f"{teacher}; teacher starts anew" in capsys.readouterr().out
+    note = teacher.with_name("run.tar")
+    save_checkpoint(note, {"run_id": "1", "config": {}})
+    note.write_bytes(note.read_bytes()[:100])
+    Path("weight/erasing_net/shapes10/WRN-10-1.tar").unlink()
+    assert erase("--resume") == 2
+    assert "run.tar; without --resume the run starts over" in capsys.readouterr().err
 
 
 def test_main_killed_in_any_stage_goes_on_and_another_network_is_another_run(copied, capsys):
@@ -766,7 +802,12 @@ def test_main_measures_with_a_trigger_that_detect_found(copied, monkeypatch, cap
     flags = capsys.readouterr().out.partition("trigger working: ")[2].split("\n")[0].split()
     assert flags[-2:] == ["--target_label", "4"]
     clp = [*ERASE, "--defense", "clp", "--beside", "0"]
-    found = torch.load(flags[flags.index("--reversed_file") + 1], weights_only=True)
+    file = Path(flags[flags.index("--reversed_file") + 1])
+    assert file.parent.name == "detect-shapes10-WRN-10-1-S-model_best"
+    file.with_name("mask-9.png").write_text("of a run before")
+    assert run_script(detect.main, DetectConfig, quick) == 0
+    assert [p.name for p in file.parent.glob("mask-*.png")] == ["mask-4.png"]
+    found = torch.load(file, weights_only=True)
     assert run_script(main.main, EraseConfig, [*clp, *flags]) == 0
     shutil.rmtree("pictures")
     erased = Path("weight/erasing_net/shapes10/WRN-10-1.tar")

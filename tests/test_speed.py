@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import speed
-from config import EraseConfig
+from config import EraseConfig, UserError
 from utils.data import TensorData
 from utils.engine import autocast, cross_entropy
 from utils.optim import make_optimizer
@@ -98,3 +98,5 @@ def test_a_wrong_option_is_one_line(capsys):
     with pytest.raises(SystemExit):
         speed.main(["--dataset", "nothing"])
     assert "invalid choice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--rounds: at least 1 is needed, got 0"):
+        speed.main(["--rounds", "0"])

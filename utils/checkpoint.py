@@ -6,6 +6,7 @@ Reading never runs code from the file (``weights_only=True``); the few numpy sca
 beside tensors are allowed.
 """
 
+import errno
 import hashlib
 import io
 import pickle
@@ -58,6 +59,8 @@ def load_checkpoint(path):
                             f"values are read, such as model.state_dict()") from None
         raise UserError(f"not a checkpoint, or a damaged one: {path}") from None
     except OSError as e:
+        if e.errno == errno.EINVAL:  # torch seeks to where a file that was cut short has nothing
+            raise UserError(f"not a checkpoint, or cut short: {path}") from None
         raise UserError(f"cannot read {path}: {e.strerror or 'damaged'}") from None
     except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError, AssertionError,
             zipfile.BadZipFile, UnicodeDecodeError, MemoryError, OverflowError, struct.error):

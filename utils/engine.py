@@ -32,6 +32,21 @@ def autocast(device, enabled):
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
+def has_tiny_maps(model, images):
+    """Whether a convolution larger than 1 x 1 in ``model`` gets a feature map of one pixel from ``images``.
+
+    ``images``: float32 ``(B, C, H, W)``. In bf16 the weight gradient of such a convolution is not determined on the CPU
+    with torch 2.15 if its stride is 2: runs differ, in some it is not finite.
+    """
+    found, probe = [], clone(model).eval()
+    for module in probe.modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            module.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].shape[2:].numel() == 1))
+    with torch.no_grad():
+        probe(images)
+    return any(found)
+
+
 def train_one_epoch(model, loss, batches, epoch, optimizer, rate_at, amp=False, bar=None, team=None):
     """Train ``model``, in the mode it is in, on ``batches.epoch(epoch)``.
 
@@ -211,6 +226,10 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
     runner = team.spread(model) if team else model
     if compiled:
         runner = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    if amp and device.type == "cpu" and has_tiny_maps(model, to_float(batches.data.images[:2])):
+        progress.note(f"note: {stage}: trained in float32, since the network shrinks these images to one pixel, where "
+                      f"gradients in bf16 are not reliable")
+        amp = False
     for epoch in range(first, epochs):
         shared = [team.rank] if team and team.rank else []
         torch.manual_seed(derive(seed, batches.name, "layers", epoch, *shared))  # dropout and the like
@@ -223,8 +242,9 @@ def fit(model, loss, batches, *, epochs, lr, lr_schedule, momentum, weight_decay
         with progress.bar(stage, epoch, epochs, len(batches)) as bar:
             mean_loss, acc = train_one_epoch(runner, loss, batches, epoch, optim, rate_at, amp, bar, team)
         if not math.isfinite(mean_loss) or not all(torch.isfinite(p).all() for p in model.parameters()):
-            raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; the last good checkpoint is kept. "
-                            f"Try a smaller --{flag} than {lr:g}")
+            kept = "the last good checkpoint is kept. " if epoch else ""
+            advice = f"Try a smaller --{flag} than {lr:g}" if lr else "Are the weights and the images all right?"
+            raise UserError(f"{stage}: the loss is not finite in epoch {epoch + 1}; {kept}{advice}")
         record = {"stage": stage, "epoch": epoch + 1, "epochs": epochs, "loss": round(mean_loss, 4),
                   "train_acc": round(acc, 2), "seconds": round(time.perf_counter() - start, 2)}
         history.append(record)

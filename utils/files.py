@@ -110,8 +110,9 @@ def append_line(path, record):
             raise
 
 
-def read_lines(path):
-    """The records in a result file, oldest first; a line that is none is left out, with a note of its number."""
+def read_lines(path, needs=None):
+    """The records in a result file, oldest first; a line that is none, or one without the field ``needs``, is left out,
+    with a note of its number."""
     records, path = [], Path(path)
     if not path.exists():
         return records
@@ -120,7 +121,7 @@ def read_lines(path):
             record = json.loads(line)
         except json.JSONDecodeError:
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and (needs is None or needs in record):
             records.append(record)
         elif line.strip() and (str(path), number, line) not in NOTED:
             NOTED.add((str(path), number, line))

@@ -105,6 +105,8 @@ def check_writable(folder, flag):
         probe = folder / f".probe-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
+    except FileExistsError:
+        raise UserError(f"--{flag} {folder}: is a file, a folder is needed") from None
     except OSError as e:
         raise UserError(f"--{flag} {folder}: cannot be written to: {e.strerror}") from None
 
@@ -132,7 +134,10 @@ class Journal(TerminalProgress):
             return
         note = self.folder / "run.tar"
         if config.resume and note.exists():
-            stored = load_checkpoint(note)
+            try:
+                stored = load_checkpoint(note)
+            except UserError as e:
+                raise UserError(f"--resume: {e}; without --resume the run starts over") from None
             self.run_id, self.resumed = stored["run_id"], True
         else:
             if config.resume:
@@ -151,7 +156,11 @@ class Journal(TerminalProgress):
     def load(self, stage):
         if not (self.resumed and self.path(stage).exists()):
             return None
-        state = load_checkpoint(self.path(stage))
+        try:
+            state = load_checkpoint(self.path(stage))
+        except UserError as e:
+            say(f"note: {e}; {stage} starts anew")
+            return None
         say(f"{stage}: going on after epoch {state['epoch']}")
         self.history += state["history"]
         self.optimizers[stage] = state["optimizer"]
