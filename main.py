@@ -75,14 +75,15 @@ def replaces(target, config):
     """Say whose network at ``target`` the run with ``config`` will replace, if it is not one of the same run."""
     if not target.exists():
         return
-    names = ("s_model", "defense", "seed")
     try:
         before = stored_config(load_checkpoint(target))
-        about = ", ".join(f"--{name} {before[name]}" for name in names if name in before) or "no run of this script"
     except UserError:
-        before, about = {}, "no run of this script"
+        before = {}
+    names = ("s_model", "defense", "seed")
     if any(before.get(name) != getattr(config, name) for name in names):
-        say(f"note: {target} will be replaced; it is of {about}; --checkpoint_root DIR keeps both")
+        of = ", ".join(f"--{name} {before[name]}" for name in names if name in before)
+        say(f"note: {target} will be replaced; it is of {of if 's_model' in before else 'no run of this script'}; "
+            f"--checkpoint_root DIR keeps both")
 
 
 def must_differ(config, **targets):
