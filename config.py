@@ -289,9 +289,9 @@ class EraseConfig(SubjectConfig, ResumableConfig):
     ibau_iterations: int = option(5, "ibau", "fixed-point iterations of the hypergradient [paper]", low=0)
     ftsam_lr: float = option(0.01, "ftsam", "learning rate", low=0.0)
     ftsam_rho: float = option(2.0, "ftsam", "radius of the disturbance of the weights [BackdoorBench]", low=0.0)
-    first: str = option("", "erasing", "defense that needs no training and is applied before --defense, which then "
-                                       "trains all weights",
-                        choices=("", "clp", "pruning"))
+    first: str = option("", "erasing", "defense that switches off channels and trains no weights, applied before "
+                                       "--defense, which then trains all",
+                        choices=("", "clp", "anp", "pruning"))
     augment: bool = option(True, "erasing", "random crop (padding 4) and horizontal flip (no flip for MNIST, GTSRB)")
     cutout: int = option(9, "erasing", "side of the square hole that cutout cuts; 0: none [paper, search]", low=0,
                          unit="pixels")

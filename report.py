@@ -226,12 +226,14 @@ def render_search(records, best=3):
         own = leaderboard.options_today({"script": "EraseConfig", **r["config"], "beside": False})
         return all(own[k] == v for k, v in now.items() if k not in NOT_IN_KEY)
 
-    first = {}  # the hash of each surrogate network: trained on another machine it is another one
+    hashes = {}  # of each surrogate network, in their order: trained on another machine it is another one
     for r in records:
-        first.setdefault(r["surrogate"], r["hash"])
+        known = hashes.setdefault(r["surrogate"], [])
+        known += [r["hash"]] if r["hash"] not in known else []
 
     def network(r):
-        return r["surrogate"] if r["hash"] == first[r["surrogate"]] else f"{r['surrogate']}, trained again"
+        k = hashes[r["surrogate"]].index(r["hash"])
+        return r["surrogate"] + ("", ", trained again", f", trained again ({k})")[min(k, 2)]
 
     for surrogate, defense in sorted({(network(r), r["config"]["defense"]) for r in records}):
         found = sorted((r for r in records if (network(r), r["config"]["defense"]) == (surrogate, defense)), key=score)

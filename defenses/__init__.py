@@ -43,6 +43,8 @@ def check(model, clean_data, config):
         raise UserError("--precise_bn: takes anew what --freeze_bn keeps; one of them has to go")
     if config.t_name and not config.t_model:
         raise UserError(f"--t_name {config.t_name}: names the architecture of --t_model, which is not given")
+    if config.first == config.defense:
+        raise UserError(f"--first {config.first}: is the defense itself; name another --defense to follow it")
     clean_data = checked(model, clean_data)
     for name in filter(None, (config.first, config.defense)):
         if hasattr(get(name), "check"):
@@ -86,8 +88,9 @@ def advice(model, clean_data, config):
 def begin(model, clean_data, config, progress=None):
     """What the defense starts from: ``model``, or what the defense ``config.first`` makes of it.
 
-    The defense trains all weights: a channel that was switched off with its BatchNorm stays off, since a ReLU has no
-    slope at 0; one that has none behind it, such as a residual block's last convolution in a WRN, may come back.
+    The defense trains all weights: a channel that was switched off with its BatchNorm, scale and shift, stays off, for
+    a ReLU has no slope at 0; one that has none behind it, such as a residual block's last convolution in a WRN, or one
+    whose shift stays (ANP), may come back.
     """
     return get(config.first).erase(model, clean_data, config, progress) if config.first else model
 

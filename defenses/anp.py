@@ -26,7 +26,7 @@ def norms(model):
     """The names of the BatchNorm layers of ``model`` with scale and shift. Raises ``UserError`` if there are none."""
     found = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
     if not found:
-        raise UserError(f"--defense anp: masks the channels of BatchNorm, and {type(model).__name__} has no BatchNorm")
+        raise UserError(f"ANP masks the channels of BatchNorm, and {type(model).__name__} has no BatchNorm")
     return found
 
 

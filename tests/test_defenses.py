@@ -221,6 +221,22 @@ def test_erase_begins_with_the_first_defense_and_checks_both():
     for wrong in ({"defense": "pruning"}, {"defense": "finetune", "first": "pruning"}):
         with pytest.raises(UserError, match="nowhere"):
             defenses.erase(model, data, short(prune_layer="nowhere", **wrong))
+    with pytest.raises(UserError, match="--first clp: is the defense itself"):
+        defenses.erase(model, data, short(defense="clp", first="clp"))
+
+
+def test_anp_first_prunes_what_the_defense_then_trains(monkeypatch):
+    model, data = network(), toy()
+    masks = {name: torch.ones(len(model.get_submodule(name).weight)) for name in anp.norms(model)}
+    masks["bn1"][5] = 0.1
+    seen = []
+    monkeypatch.setattr(anp, "learn_masks", lambda *args: seen.append(args[2].anp_steps) or masks)
+    config = short(defense="finetune", first="anp", anp_steps=3)
+    begun = defenses.begin(model, data, config)
+    assert seen == [3]
+    assert begun.bn1.weight[5] == 0 and model.bn1.weight[5] != 0
+    assert (begun.bn1.weight[:5] != 0).all()
+    assert not torch.equal(defenses.erase(model, data, config).bn1.weight, begun.bn1.weight)
 
 
 class Planted(nn.Module):

@@ -115,6 +115,10 @@ def test_the_search_names_the_default_and_the_best_within_the_bound():
     again = {**line(7.0, 79.9, ft_lr=0.3), "hash": "b"}
     (row,) = [x for x in report.render_search([*lines, again]).splitlines() if x.startswith("| strong, trained again ")]
     assert "| 7.10 | 0.10 | 7.00 | ft_lr 0.3 | lowest ASR within the bound |" in row, "within its own network"
+    third = {**line(8.0, 79.9, ft_lr=0.3), "hash": "c"}
+    rows = report.render_search([*lines, again, third]).splitlines()
+    assert [x.split(" | ")[:3] for x in rows if "again" in x and x.startswith("|")] == [
+        ["| strong, trained again", "finetune", "7.10"], ["| strong, trained again (2)", "finetune", "8.10"]]
 
 
 def test_the_student_beside_its_teacher_and_fine_tuning():
