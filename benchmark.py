@@ -63,7 +63,8 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
         "finetune", "nad", "clp", "ftsam:ftsam_lr=0.02", "ftsam:first=clp", "finetune:first=clp,ft_lr=0.01",
         "nad:first=clp,teacher_lr=0.02,lr=0.01",
         "nad:student_rho=2,teacher_rho=2,teacher_lr=0.02,beta1=150,beta2=300,beta3=300",
-        "nad:first=clp,student_rho=2,teacher_rho=2,teacher_lr=0.02,lr=0.01,beta1=150,beta2=300,beta3=300",
+        *(f"nad:first={first},student_rho=2,teacher_rho=2,teacher_lr=0.02,lr=0.01,beta1=150,beta2=300,beta3=300"
+          for first in ("clp", "anp,anp_steps=500")),
         "sage:sage_rate=step,sage_lr=0.02", "sage:sage_rate=step,sage_lr=0.02,sage_beta=0"]}],
     "defenses": [{"attacks": [*SHIPPED], "defenses": [*defenses.NAMES], "seeds": SEEDS}],
     "sage": [{"attacks": ["BadNets", "Trojan", "WaNet"], "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS,
