@@ -130,7 +130,11 @@ def opened(config):
     """(``config`` with its checkpoint's path as ``s_model``, what the checkpoint holds, the attack to measure with)."""
     path = student_path(config)
     content = load_checkpoint(path)
-    return replace(config, s_model=str(path)), content, with_attack(config, stored_options(content))
+    stored = stored_options(content)
+    if config.trigger_type == "auto" and "trigger_type" not in stored:
+        say(f"note: {path} does not say which attack it was trained with: gridTrigger is measured (--trigger_type "
+            f"names another; none: accuracy alone)")
+    return replace(config, s_model=str(path)), content, with_attack(config, stored)
 
 
 def study(config, content, attack, device):

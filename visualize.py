@@ -116,7 +116,7 @@ def shown_networks(subject, config):
         stored = stored_config(content)
         name = stored.get("defense")
         title = defenses.title(name) if name in defenses.NAMES else Path(file).stem
-        title = "fine-tuned" if content.get("stage") == "teacher" else title
+        title = "teacher" if content.get("stage") == "teacher" else title
         found.append((title, subject.another(content, Path(file), config.s_name)))
     return found
 

@@ -64,6 +64,8 @@ def checked(model, clean_data):
     if labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < clean_data.n_classes:
         raise UserError(f"labels are int64, 0 to {clean_data.n_classes - 1} for as many class names; got "
                         f"{labels.dtype}, {labels.min()} to {labels.max()}")
+    if len(labels) < clean_data.n_classes:
+        raise UserError(f"{len(labels)} clean images are fewer than the {clean_data.n_classes} classes")
     device = next(model.parameters()).device
     clean_data = clean_data.to(device)
     with torch.no_grad():

@@ -4,9 +4,10 @@ import json
 from dataclasses import fields
 
 import pytest
+import torch
 
 from config import EraseConfig, TrainConfig, UserError, as_dict, command, parse
-from subject import with_attack
+from subject import opened, with_attack
 from utils.run import identity
 
 
@@ -101,6 +102,16 @@ def test_a_flag_at_its_default_stays_against_the_checkpoint(tmp_path):
     assert parse(EraseConfig, ["--trigger_type", "signalTrigger", "--sig_delta", "20"]).keep == []
     with pytest.raises(UserError, match="--keep lr: names of options of the attack"):
         with_attack(EraseConfig(keep=["lr"]), {})
+
+
+def test_a_checkpoint_that_names_no_attack_is_measured_with_the_grid_trigger_and_that_is_said(tmp_path, capsys):
+    path = tmp_path / "plain.tar"
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, path)
+    assert opened(EraseConfig(s_model=str(path)))[2].trigger_type == "gridTrigger"
+    assert "plain.tar does not say which attack it was trained with: gridTrigger is measured" in capsys.readouterr().out
+    for options in ({"trigger_type": "none"}, {"trigger_type": "blendTrigger"}):
+        opened(EraseConfig(s_model=str(path), **options))
+    assert not capsys.readouterr().out
 
 
 def test_the_command_repeats_the_run():

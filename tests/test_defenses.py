@@ -1,5 +1,6 @@
 """The defenses beside NAD: the common contract, one real step each, and their formulas by hand."""
 
+import copy
 import math
 
 import pytest
@@ -276,6 +277,7 @@ def test_checks_run_on_the_device_of_the_network():
 @pytest.mark.parametrize(("change", "message"), [
     (lambda data: [data.images, data.labels], "the clean data are a list, TensorData is needed"),
     (lambda data: TensorData(data.images[:0], data.labels[:0], data.classes), "there are no clean images"),
+    (lambda data: TensorData(data.images[:9], data.labels[:9], data.classes), "9 clean images are fewer than the 10 "),
     (lambda data: TensorData(data.images, data.labels + 1, data.classes), "labels are int64, 0 to 9 .* 1 to 10"),
     (lambda data: TensorData(data.images, data.labels.int(), data.classes), r"got torch\.int32"),
     (lambda data: TensorData(data.images[:, :1], data.labels, data.classes), "does not take images 1 x 16 x 16"),
@@ -308,8 +310,10 @@ def test_linf_pruning_prunes_the_planted_channel(planted, monkeypatch):
 
 def test_neural_cleanse_prunes_the_planted_channel_alone(planted):
     model, data, trigger = planted
+    before = copy.deepcopy(model.state_dict())
     erased = neural_cleanse.prune(model, data, short(prune_drop=100.0, held_out=0.5), trigger, [0])
     assert [k for k in range(12) if not erased.conv.weight[k].any()] == [7]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()), "the network given stays as it is"
 
 
 def test_several_triggers_count_by_what_any_of_them_raises_most(planted):
@@ -935,6 +939,19 @@ def test_grad_cam_of_a_linear_model_in_closed_form():
     expected = torch.einsum("nc,nchw->nhw", model.fc.weight[classes] / 36, features).clamp(min=0)
     assert torch.allclose(maps, expected, atol=1e-6)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_grad_cam_and_strip_take_a_torchvision_model():
+    torch.manual_seed(0)
+    model, images = build("torchvision:resnet18", 10, image_size=32).eval(), toy(6, size=32).images
+    maps, classes = grad_cam(model, to_float(images), "layer2")
+    assert maps.shape == (6, 4, 4) and (maps >= 0).all() and maps.any()
+    assert torch.equal(classes, model(to_float(images)).argmax(1))
+    found = strip.entropies(model, images, images[:3])
+    mixed = (images[0].int() + images[:3].int()).clamp(max=255).byte()
+    p = model(to_float(mixed)).softmax(1)
+    assert found.shape == (6,)
+    assert found[0].item() == pytest.approx(-(p * p.log2()).sum(1).mean().item(), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- GPU

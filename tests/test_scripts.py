@@ -676,7 +676,7 @@ def test_each_network_of_a_picture_has_its_own_weights_and_title(copied):
     files = ["weight/t_net/shapes10/WRN-10-1-T-model_best.pth.tar", "weight/erasing_net/shapes10/WRN-10-1.tar"]
     config = parse(visualize.StudyConfig, [*SMALL, "--ratio", "0.2", "--networks", *files])
     shown = visualize.shown_networks(visualize.known_trigger(config), config)
-    assert [title for title, _ in shown] == ["backdoored", "fine-tuned", "NAD"]
+    assert [title for title, _ in shown] == ["backdoored", "teacher", "NAD"]
     for (_, model), path in zip(shown, [STUDENT, *files], strict=True):
         stored = torch.load(path, weights_only=True)["state_dict"]
         assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
