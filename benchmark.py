@@ -71,7 +71,9 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
               "ratios": ["0.05", "0.01"]},
              {"attacks": [name for name in attacks.PRESETS
                           if name.startswith(("1 ", "3 ", "5 ", "Large", "Transparency", "Shape", "Class"))],
-              "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS, "train_options": ["epochs=10"]}],
+              "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS, "train_options": ["epochs=10"]},
+             {"attacks": ["BadNets", "Blend", "SIG"], "seeds": SEEDS,
+              "defenses": ["sage:sage_rate=fixed", "sage:sage_paths=1-3", "sage:attention=max"]}],
     "linf": [{"attacks": attack, "defenses": ["linf_pruning", "linf_pruning:linf_norm=l1", "linf_pruning:linf_norm=l2"],
               "seeds": SEEDS, **more}
              for attack, more in (([*SHIPPED], {}), (["BadNets"], {"models": ["AlexNet"]}))],
