@@ -143,7 +143,7 @@ def draw(plt, name, records):
     down = -(-len(columns) // across)
     figure, panels = plt.subplots(down, across, squeeze=False, sharex=True, sharey=True, layout="constrained",
                                   figsize=(1.5 + 3 * across, 1 + 2.8 * down))
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab20")
     for panel in panels.flat[len(columns):]:
         panel.set_axis_off()
     for panel, column in zip(panels.flat, columns, strict=False):
@@ -156,7 +156,7 @@ def draw(plt, name, records):
             bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in (y, x)]
             panel.errorbar(statistics.mean(x), statistics.mean(y), *bars,
                            fmt=MARKS[k % len(MARKS)], label=row.replace("`", ""), capsize=2,
-                           color="black" if row == REFERENCE else colours(k % 10))
+                           color="black" if row == REFERENCE else colours(k % 20))
         panel.set(title=column, xlim=(-3, 103))
         panel.axhline(0, color="grey", linewidth=0.5)
     figure.supxlabel("\n".join(["ASR, percent", *(f"{row}: {options.strip('`')}" for row, options in long.items())]),
