@@ -226,13 +226,13 @@ def render_search(records, best=3):
         own = leaderboard.options_today({"script": "EraseConfig", **r["config"], "beside": False})
         return all(own[k] == v for k, v in now.items() if k not in NOT_IN_KEY)
 
-    hashes = {}  # of each surrogate network, in their order: trained on another machine it is another one
+    places = {}  # {surrogate network: {its hash: 0, 1, ...}}: trained on another machine it is another one
     for r in records:
-        known = hashes.setdefault(r["surrogate"], [])
-        known += [r["hash"]] if r["hash"] not in known else []
+        known = places.setdefault(r["surrogate"], {})
+        known.setdefault(r["hash"], len(known))
 
     def network(r):
-        k = hashes[r["surrogate"]].index(r["hash"])
+        k = places[r["surrogate"]][r["hash"]]
         return r["surrogate"] + ("", ", trained again", f", trained again ({k})")[min(k, 2)]
 
     for surrogate, defense in sorted({(network(r), r["config"]["defense"]) for r in records}):
