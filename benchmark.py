@@ -52,6 +52,7 @@ SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in MA
 SAME = ("device", "threads", "amp", "test_size")  # options with which the shipped networks are still the same
 FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
+SHARPNESS = "student_rho=2,teacher_rho=2,teacher_lr=0.02,beta1=150,beta2=300,beta3=300"  # sharpness-aware NAD
 BUSY = "another process runs it"
 PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
     "smoke": [{"attacks": ["BadNets", "Blend"], "defenses": ["finetune", "nad", "pruning"], "seeds": ["1"],
@@ -62,9 +63,7 @@ PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
     "recipes": [{"attacks": [*SIX], "seeds": SEEDS, "defenses": [
         "finetune", "nad", "clp", "ftsam:ftsam_lr=0.02", "ftsam:first=clp", "finetune:first=clp,ft_lr=0.01",
         "nad:first=clp,teacher_lr=0.02,lr=0.01",
-        "nad:student_rho=2,teacher_rho=2,teacher_lr=0.02,beta1=150,beta2=300,beta3=300",
-        *(f"nad:first={first},student_rho=2,teacher_rho=2,teacher_lr=0.02,lr=0.01,beta1=150,beta2=300,beta3=300"
-          for first in ("clp", "anp,anp_steps=500")),
+        f"nad:{SHARPNESS}", f"nad:first=clp,lr=0.01,{SHARPNESS}", f"nad:first=anp,anp_steps=500,lr=0.01,{SHARPNESS}",
         "sage:sage_rate=step,sage_lr=0.02", "sage:sage_rate=step,sage_lr=0.02,sage_beta=0"]}],
     "defenses": [{"attacks": [*SHIPPED], "defenses": [*defenses.NAMES], "seeds": SEEDS}],
     "sage": [{"attacks": ["BadNets", "Trojan", "WaNet"], "defenses": ["finetune", "nad", "sage"], "seeds": SEEDS,

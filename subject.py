@@ -43,7 +43,7 @@ def stored_options(content):
 
 
 def with_attack(config, stored):
-    """``config`` with the attack that the checkpoint's options ``stored`` name, if ``--trigger_type`` is auto.
+    """``config`` with the attack that the options ``stored`` of its checkpoint name, if ``--trigger_type`` is auto.
 
     Options that the user gave stay. Raises ``UserError``.
     """
@@ -52,6 +52,9 @@ def with_attack(config, stored):
     unknown = set(config.keep) - set(OF_THE_ATTACK)
     if unknown:
         raise UserError(f"--keep {min(unknown)}: names of options of the attack are needed")
+    if "trigger_type" not in stored:
+        say(f"note: {config.s_model} does not say which attack it was trained with: gridTrigger is measured "
+            f"(--trigger_type names another; none: accuracy alone)")
     keep = {*not_default(config), *config.keep, *FILES} - {"trigger_type"}
     values = {"trigger_type": "gridTrigger"}
     for f in fields(AttackConfig):
@@ -128,13 +131,9 @@ class Subject:
 
 def opened(config):
     """(``config`` with its checkpoint's path as ``s_model``, what the checkpoint holds, the attack to measure with)."""
-    path = student_path(config)
-    content = load_checkpoint(path)
-    stored = stored_options(content)
-    if config.trigger_type == "auto" and "trigger_type" not in stored:
-        say(f"note: {path} does not say which attack it was trained with: gridTrigger is measured (--trigger_type "
-            f"names another; none: accuracy alone)")
-    return replace(config, s_model=str(path)), content, with_attack(config, stored)
+    config = replace(config, s_model=str(student_path(config)))
+    content = load_checkpoint(config.s_model)
+    return config, content, with_attack(config, stored_options(content))
 
 
 def study(config, content, attack, device):
