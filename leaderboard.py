@@ -3,7 +3,6 @@
 Lines are put together if they differ in the seed only; of lines with the same configuration and seed the newest counts.
 """
 
-import itertools
 import re
 import statistics
 import string
@@ -20,7 +19,8 @@ NOT_IN_KEY = ("script", "seed", "device", "threads", "log_root", "save", "checkp
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")  # the attacks of the NAD paper
 MAIN = (*SIX, "WaNet", "Input-aware")  # those with a shipped network; the others get tables of their own
 REFERENCE = "clean network"  # what main.py calls the network of --reference
-WIDE = 8  # columns of a table
+WIDE = 8  # columns of a table; with more attacks than that, and than defenses, each attack has a line
+METRICS = {"clean_acc": "ACC", "asr": "ASR", "ra": "RA"}
 MARKS = "os^Dv<>P*Xph"  # of the rows in a figure
 PAPER = {"nad": (2.6, 7.2)}  # its paper's means over the six: points of ACC lost, ASR
 REPORTED = {  # BackdoorBench's leaderboard: PreActResNet-18, lossless images, 10% poisoned, 5% clean; ACC, ASR
@@ -67,10 +67,14 @@ def score(record):
     return record["before"]["acc"] - record["metrics"]["acc"] + statistics.mean(record["metrics"]["asr"])
 
 
+def one_thread(text):
+    """``text`` about machines with "1 thread" for "1 threads"."""
+    return text.replace(" 1 threads", " 1 thread")
+
+
 def machines(records):
     """What ``records`` were measured on."""
-    found = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})
-    return "; ".join(found).replace(" 1 threads", " 1 thread")
+    return one_thread("; ".join(sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in records})))
 
 
 def changed(config):
@@ -173,14 +177,14 @@ def draw(plt, name, records):
 
 def columns_of(records):
     """{hash of a network: the name of its column}: its attack; of several networks of one those after the one with
-    most lines have numbers."""
-    names, found = {}, {}
+    most lines have numbers. In the order of ``MAIN``, then of ``attacks.PRESETS``."""
+    names, found, order = {}, {}, [*MAIN, *attacks.PRESETS]
     for r in records:
         names.setdefault(r["cell"]["attack"], Counter())[r["inputs"]["s_model"]] += 1
-    for attack, networks in names.items():
+    for attack, networks in sorted(names.items(), key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
         for k, (network, _) in enumerate(networks.most_common()):
             found[network] = f"{attack} ({k + 1})" if k else attack
-    return dict(sorted(found.items(), key=lambda pair: MAIN.index(pair[1]) if pair[1] in MAIN else len(MAIN)))
+    return found
 
 
 def arranged(records):
@@ -232,14 +236,20 @@ def bracket(defense, column, key, config=None):
 
 
 def block(name, records):
-    """Tables of one setting: means over the attacks, then ACC, ASR and RA of each; those of ``on_fewer``."""
+    """Tables of one setting: means over the attacks (of several networks of one over the first), then ACC, ASR and RA
+    of each; those of ``on_fewer``."""
     rows, columns, before, shared, long = arranged(records)
     rows, few = parted(rows, columns)
-    reported = has_reports(records, columns, shared)
-    out = [heading(name, rows, shared), "", *summary(rows, columns, before, usual_machine(records), reported), ""]
-    metrics = (("clean_acc", "ACC"), ("asr", "ASR"), ("ra", "RA"))
-    for start, (k, title) in itertools.product(range(0, len(columns), WIDE), metrics):
-        out += [*by_attack(rows, columns[start:start + WIDE], before, k, title, reported), ""]
+    tall = len(columns) > max(WIDE, len(rows))
+    reported = not tall and has_reports(records, columns, shared)
+    first = {r["cell"]["attack"] for r in records}
+    out = [heading(name, rows, shared), "",
+           *summary(rows, [c for c in columns if c in first], before, usual_machine(records), reported), ""]
+    if tall:
+        out += [*an_attack_a_line(rows, columns, before), ""]
+    else:
+        for k, title in METRICS.items():
+            out += [*by_attack(rows, columns, before, k, title, reported), ""]
     out += options_of(rows, long)
     out += [BRACKETS, ""] if reported else []
     out += on_fewer(few, rows, columns, before, long, reported)
@@ -326,6 +336,18 @@ def by_attack(rows, columns, before, key, title, reported):
     return out
 
 
+def an_attack_a_line(rows, columns, before):
+    """The table of all ``METRICS``, a line an attack."""
+    def cell(values):
+        return " / ".join(spread([v[key] for v in values], 1) for key in METRICS) if values else ""
+
+    out = [f"| {' / '.join(METRICS.values())} | backdoored | {' | '.join(rows)} |", "|---" * (len(rows) + 2) + "|"]
+    for a in columns:
+        cells = [cell([before[a]]), *(cell([*map(outcome, found.get(a, {}).values())]) for found in rows.values())]
+        out.append(f"| {a} | {' | '.join(cells)} |")
+    return out
+
+
 def options_of(rows, long):
     """What the letters of ``rows`` stand for, a paragraph each."""
     return [text for row, options in long.items() if row in rows for text in (f"{row}: {options}", "")]
@@ -339,7 +361,8 @@ def usual_machine(records):
 def measured_on(records):
     """The last line of the tables of one setting."""
     several = len({r["machine"] for r in records}) > 1
-    return f"Measured on: {machines(records)}." + (f" Seconds: on {usual_machine(records)} only." if several else "")
+    return f"Measured on: {machines(records)}." + (
+        f" Seconds: on {one_thread(usual_machine(records))} only." if several else "")
 
 
 def seeds_of(cells):

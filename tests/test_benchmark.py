@@ -453,9 +453,10 @@ def test_means_need_the_same_seeds_for_each_attack():
 
 def test_seconds_are_those_of_one_machine():
     gpu = {**line(3, 2.0), "machine": "cuda", "defense_seconds": {"NAD": 2.0}}
-    text = leaderboard.render([line(1, 2.0), line(2, 2.0), gpu])
+    text = leaderboard.render([*({**line(s, 2.0), "machine": "cpu, 1 threads, bf16"} for s in (1, 2)), gpu])
     assert "| NAD | 2.00 | 2.00 | 3 | 30 |" in text
-    assert text.endswith("Measured on: cpu, torch 2; cuda, torch 2. Seconds: on cpu only.")
+    assert text.endswith("Measured on: cpu, 1 thread, bf16, torch 2; cuda, torch 2. "
+                         "Seconds: on cpu, 1 thread, bf16 only.")
     assert benchmark.key_of(line(1, 2.0, device="cuda")) == benchmark.key_of(line(1, 2.0)), "device auto is either"
 
 
@@ -516,16 +517,24 @@ def test_two_networks_of_one_attack_are_two_columns():
     assert leaderboard.render([line(1, 2.0), line(1, 4.0, test_size=9)]).count("| ASR | BadNets |") == 2
 
 
-def test_attacks_without_a_shipped_network_have_tables_of_their_own_that_are_not_too_wide():
-    names = [f"Shape, {k}" for k in range(leaderboard.WIDE + 1)]
-    text = leaderboard.render([line(1, 2.0), *(line(1, 3.0, attack=name) for name in names),
-                               line(1, 4.0, "clp", names[-1])])
-    main, others = text.split("\n\n**")
+def test_attacks_without_a_shipped_network_have_tables_of_their_own_with_a_line_for_each_if_they_are_many():
+    names = ["5 triggers, same label", "Class-specific", *(f"Shape, {k}" for k in range(leaderboard.WIDE - 1))]
+    records = [line(1, 2.0), *(line(1, 3.0, attack=name) for name in reversed(names)),
+               line(1, 4.0, "clp", names[-1]), line(2, 5.0, "clp", names[-1]),
+               line(1, 9.0, "clp", names[0], network="b")]
+    main, others = leaderboard.render(records).split("\n\n**")
     assert "| ASR | BadNets |" in main
     assert "other attacks; seeds" in others
-    first, second = (others.split(f"| ASR | {name}")[1].split("\n\n")[0] for name in (names[0], names[-1]))
-    assert (first.splitlines()[0].count("|"), first.count("CLP")) == (leaderboard.WIDE, 0)
-    assert second.splitlines()[3:] == ["| CLP | 4.0 |", "| NAD | 3.0 |"]
+    table = others.split("\n\n")[2].splitlines()
+    assert table[0] == "| ACC / ASR / RA | backdoored | CLP | NAD |"
+    assert [row.split(" | ")[0][2:] for row in table[2:]] == [names[0], f"{names[0]} (2)", *names[1:2],
+                                                              *reversed(names[2:])]
+    assert table[2:5] == ["| 5 triggers, same label | 82.0 / 99.9 / 0.1 |  | 80.0 / 3.0 / 97.0 |",
+                          "| 5 triggers, same label (2) | 82.0 / 99.9 / 0.1 | 80.0 / 9.0 / 91.0 |  |",
+                          "| Class-specific | 82.0 / 99.9 / 0.1 |  | 80.0 / 3.0 / 97.0 |"]
+    assert f"| {names[-1]} | 82.0 / 99.9 / 0.1 | 80.0 / 4.5 ± 0.7 / 95.5 ± 0.7 | 80.0 / 3.0 / 97.0 |" in table
+    assert f"ACC lost, {len(names)} attacks |" in others, "a second network of one does not count in the means"
+    assert "| NAD | 2.00 | 3.00 | 1 | 30 |" in others
 
 
 def test_a_lost_line_is_made_again(done, monkeypatch, tmp_path):
