@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -34,10 +35,22 @@ import attacks
 import defenses
 import leaderboard
 import main as erasing
+import report
 import train_badnet as training
-from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict, convert, kept, student_file
+from config import (
+    BenchmarkConfig,
+    EraseConfig,
+    TrainConfig,
+    UserError,
+    as_dict,
+    convert,
+    kept,
+    not_default,
+    student_file,
+)
 from data_loader import source_of
-from leaderboard import MAIN, SIX
+from leaderboard import MAIN, SIX, VERSION, is_cell
+from models import check_name
 from subject import stored_options
 from utils.checkpoint import file_hash, load_checkpoint
 from utils.files import append_line, locked, read_lines, write_atomically
@@ -46,14 +59,14 @@ from utils.processes import run_script_apart, unfinished_run
 from utils.run import check_writable, run_script, say, start_of
 
 ROOT = Path(__file__).resolve().parent
-PUBLISHED = ROOT / "results" / "published" / "benchmark.jsonl"
-VERSION = 1  # of the defenses' algorithms: results of another one do not count as finished
+PUBLISHED = report.PUBLISHED / "benchmark.jsonl"
 SHIPPED = {"BadNets": "", **{name: name.lower().replace("-", "_") for name in MAIN[1:]}}
 SAME = ("device", "threads", "amp", "test_size")  # options with which the shipped networks are still the same
 FIXED = ("seed", "save", "resume", "log_root", "checkpoint_root", "teacher_root", "s_model", "beside")  # not the user's
 SEEDS = ["1", "2", "3"]
 SHARPNESS = "student_rho=2,teacher_rho=2,teacher_lr=0.02,beta1=150,beta2=300,beta3=300"  # sharpness-aware NAD
 BUSY = "another process runs it"
+AXES = {"models": "s_name", "datasets": "dataset", "ratios": "ratio"}  # {list of the grid: the option that it gives}
 PRESETS = {  # each a list of grids: the fields of BenchmarkConfig that differ
     "smoke": [{"attacks": ["BadNets", "Blend"], "defenses": ["finetune", "nad", "pruning"], "seeds": ["1"],
                "options": ["dataset=shapes10", "train_size=15000", "test_size=2000", "s_name=WRN-10-1"],
@@ -147,12 +160,27 @@ def results(path):
     return list(filter(is_cell, read_lines(path)))
 
 
-def is_cell(record):
-    """Whether ``record``, a line of a results file, is a cell of today's version and defenses."""
-    needed = {"cell", "config", "data", "inputs", "machine", "metrics", "versions"}
-    return (record.get("version") == VERSION and needed <= set(record)
-            and {"script", "seed"} <= set(record["config"] or ())
-            and record["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES)
+def keys_in(path):
+    """The keys of the ``results`` in the file ``path``, a set; worked out anew when the file has changed."""
+    if not path.exists():
+        return set()
+    info = path.stat()
+    return keys_at(path.resolve(), info.st_ino, info.st_size, info.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def keys_at(path, *_state):
+    return set(map(key_of, results(path)))
+
+
+def check_once(lists, grid):
+    """Raise ``UserError`` if a list of ``AXES`` in ``lists`` gives what is also an option elsewhere in ``grid``."""
+    for flag in AXES.keys() & lists.keys():
+        for other in ("options", "train_options", "erase_options", "attacks", "defenses"):
+            for text in grid.get(other) or []:
+                words = text.partition(":")[2].split(",") if other in ("attacks", "defenses") else [text]
+                if any(word.partition("=")[0] == AXES[flag] for word in words):
+                    raise UserError(f"--{flag} and --{other} {text}: only one of them can give {AXES[flag]}")
 
 
 def settings(cls, items, flag):
@@ -184,8 +212,7 @@ def cells_of(grid, out):
     seeds = [convert(EraseConfig.__dataclass_fields__["seed"], seed, "--seeds: ") for seed in grid["seeds"]]
     for ratio in grid.get("ratios") or []:
         convert(EraseConfig.__dataclass_fields__["ratio"], ratio, "--ratios: ")
-    axes = [[(name, value) for value in grid.get(flag) or [None]] for name, flag in
-            (("s_name", "models"), ("dataset", "datasets"), ("ratio", "ratios"))]
+    axes = [[(name, value) for value in grid.get(flag) or [None]] for flag, name in AXES.items()]
     for place in itertools.product(*axes):
         model, data, ratio = ([f"{name}={value}"] if value else [] for name, value in place)
         shared = [*grid.get("options", []), *model, *data]
@@ -215,6 +242,7 @@ def network_of(attack, options, out):
     network, if the options leave everything as it is. Raises ``UserError``."""
     name, changes = spec(attack, attacks.PRESETS, TrainConfig, "attacks")
     config = TrainConfig(**{**attacks.PRESETS[name], **options, **changes})
+    check_name(config.s_name)
     usual = as_dict(TrainConfig())
     ours = all(getattr(config, k) == usual[k] for k in ("dataset", "s_name"))  # those of the shipped ones
     if name in SHIPPED and ours and not changes:
@@ -245,7 +273,7 @@ def run_here(cell):
             (erasing if cell.defense else training).main(cell.config)
         except UserError as e:
             return e
-        except Exception as e:  # whatever it is, the other cells go on
+        except (Exception, SystemExit) as e:  # whatever it is, the other cells go on
             traceback.print_exc(file=log)
             return e
         finally:
@@ -267,7 +295,9 @@ def run_apart(cell, threads, retries, run, device="auto"):
         return BUSY
     if code == 130:
         raise KeyboardInterrupt
-    return UserError(last if code > 0 and last else f"its process was killed by signal {-code}") if code else None
+    if code < 0:
+        return UserError(f"its process was killed by signal {-code}")
+    return UserError(last if code < 3 and last else f"its process ended with exit code {code}") if code else None
 
 
 def ray_runner(opt):
@@ -321,7 +351,7 @@ def finish(cell, opt, out):
     record = collect(cell)
     if record is None:
         return RuntimeError(f"left no result in {cell.folder()}")
-    if cell.key() not in map(key_of, results(out / "benchmark.jsonl")):
+    if cell.key() not in keys_in(out / "benchmark.jsonl"):
         append_line(out / "benchmark.jsonl", record)
     for path in cell.folder().glob("*"):
         if path.is_dir():
@@ -363,7 +393,7 @@ def attempt(cell, run, opt, out):
         return e
 
 
-def run_all(cells, opt, out, bar):
+def run_all(cells, opt, out, progress):
     """Run ``cells``; writes a line for each. Returns those that failed. Those that other processes run come last."""
     def here(cell):
         with locked(cell.folder() / "lock", wait=False) as lock:
@@ -396,8 +426,7 @@ def run_all(cells, opt, out, bar):
         if error is not None:
             failed(cell, error, out)
             wrong.append(cell)
-        bar.set_postfix_str(str(cell))
-        bar.update()
+        progress.step(cell)
 
     if workers == 1:
         for _ in cells:
@@ -414,8 +443,39 @@ def run_all(cells, opt, out, bar):
     return wrong
 
 
+class CellProgress:
+    """How many of ``total`` cells are done and the time left: a bar, or without a terminal a line for each cell."""
+
+    def __init__(self, total):
+        self.total, self.done, self.start = total, 0, time.perf_counter()
+        self.bar = tqdm(total=total, unit="cell", disable=None, smoothing=0.1)
+
+    def step(self, cell):
+        self.done += 1
+        self.bar.set_postfix_str(str(cell))
+        self.bar.update()
+        if self.bar.disable:
+            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            say(f"{self.done} of {self.total} cells, {tqdm.format_interval(left)} left: {cell}")
+
+
+def check_goes_together(opt):
+    """Raise ``UserError`` if ``opt`` holds options that another one leaves without effect."""
+    given = {name: f"--{name}" for name in not_default(opt)}
+    shows = [name for name in ("table", "figures") if name in given]
+    others = [flag for name, flag in given.items() if name not in (*shows[:1], "out")]
+    if shows and others:
+        raise UserError(f"{given[shows[0]]} runs nothing and shows all results: not with {', '.join(others)}")
+    if opt.engine == "ray" and "jobs" in given:
+        raise UserError("--jobs does not go with --engine ray: --cpus_per_cell says how many cells a machine takes")
+    stray = [given[name] for name in ("ray_address", "cpus_per_cell", "gpus_per_cell") if name in given]
+    if stray and opt.engine != "ray":
+        raise UserError(f"{', '.join(stray)}: of --engine ray only")
+
+
 def main(opt):
     """Run the grid that ``opt`` (``BenchmarkConfig``) names, or print its table."""
+    check_goes_together(opt)
     out = Path(opt.out)
     if opt.table:
         return publish(out)
@@ -425,21 +485,25 @@ def main(opt):
              "datasets": opt.datasets, "ratios": opt.ratios}
     given = {name: value for name, value in given.items() if value}
     cells = {False: [], True: []}  # those that train, and those that erase
+    own = {"options": opt.options, "train_options": opt.train_options, "erase_options": opt.erase_options}
     for grid in PRESETS.get(opt.preset, [{}]):
-        more = {name: [*grid.get(name, []), *own] for name, own in
-                (("options", opt.options), ("train_options", opt.train_options), ("erase_options", opt.erase_options))}
+        check_once(given, {**grid, **given, **own})
+        more = {name: [*grid.get(name, []), *(opt.options if name != "options" else []), *found]  # the user's win
+                for name, found in own.items()}
         for cell in cells_of({**grid, **given, **more}, out):
             cells[bool(cell.defense)].append(cell)
     check_writable(out, "out")
     wrong, total = [], 0
-    with tqdm(total=len(unfinished(cells[False], out)) + len(unfinished(cells[True], out)), unit="cell", disable=None,
-              smoothing=0.1) as bar:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's end of time is like Ctrl-C
+    progress = CellProgress(len(unfinished(cells[False], out)) + len(unfinished(cells[True], out)))
+    with progress.bar:
         for erases in (False, True):
             missing = unfinished(cells[erases], out)
             total += len({cell.key() for cell in cells[erases]})
             say(f"{'erasing' if erases else 'training'}: {len(missing)} cells to run")
             try:
-                wrong += run_all(missing, opt, out, bar)
+                wrong += run_all(missing, opt, out, progress)
             except KeyboardInterrupt:
                 say("finished cells are kept; the same command goes on")
                 raise
@@ -452,10 +516,11 @@ def main(opt):
 
 
 def publish(out):
-    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it into the README beside
-    them, its short form into the main README.
+    """Add the lines of ``out`` to the published ones, print the leaderboard of all, and put it, its short form and what
+    else is rendered from them into the READMEs.
 
-    Lines about a network whose file holds another one by now are left out.
+    Of lines with the same key the newest stays. Those about a shipped network whose file holds another one by now are
+    left out.
     """
     published = read_lines(PUBLISHED)
     kept, new = ([r for r in lines if is_cell(r) and not replaced(r)]
@@ -463,19 +528,23 @@ def publish(out):
     if len(kept) < len(published):
         say(f"note: {len(published) - len(kept)} published lines go: they are incomplete, of another version or of a "
             f"replaced network")
-    records = {key_of(r): r for r in [*kept, *new]}
+    records = {}
+    for r in [*kept, *new]:
+        key = key_of(r)
+        if key not in records or r.get("time", "") >= records[key].get("time", ""):
+            records[key] = r
     say(leaderboard.render(records.values()))
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(r) + "\n" for r in records.values())
     write_atomically(PUBLISHED, lambda f: f.write(lines.encode()))
-    for folder, render in ((PUBLISHED.parent, leaderboard.render), (ROOT, leaderboard.render_short)):
-        leaderboard.write_into(folder / "README.md", {"benchmark": render(records.values())})
+    for file in report.FILES:
+        leaderboard.write_into(file, report.rendered(file, PUBLISHED.parent))
 
 
 def replaced(record):
-    """Whether the file of the network that ``record`` is about holds another one today."""
+    """Whether the file of the shipped network that ``record`` is about holds another one today."""
     path = Path(record["config"].get("s_model", ""))
-    return path.is_file() and file_hash(path) != record["inputs"]["s_model"]
+    return path.parts[:1] == ("weight",) and path.is_file() and file_hash(path) != record["inputs"]["s_model"]
 
 
 def draw(out):
@@ -493,7 +562,7 @@ def draw(out):
 
 def unfinished(cells, out):
     """Those of ``cells`` that are not in the results, equal ones once; a network that was deleted is made again."""
-    done, missing = set(map(key_of, results(out / "benchmark.jsonl"))), {}
+    done, missing = keys_in(out / "benchmark.jsonl"), {}
     for cell in cells:
         gone = not cell.defense and not student_file(cell.config, cell.config.checkpoint_root).exists()
         if gone or cell.key() not in done:

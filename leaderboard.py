@@ -13,6 +13,7 @@ import defenses
 from config import DataConfig, EraseConfig, TrainConfig, UserError, as_dict, default_of
 from utils.files import write_atomically
 
+VERSION = 1  # of the defenses' algorithms: results of another one do not count as finished
 # options that do not decide a result, or are what runs are put together over
 NOT_IN_KEY = ("script", "seed", "device", "threads", "log_root", "save", "checkpoint_root", "teacher_root",
               "eval_every", "beside", "reference")
@@ -52,6 +53,14 @@ def spread(values, digits=2):
     if len(set(values)) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def is_cell(record):
+    """Whether ``record``, a line of a results file of benchmark.py, is a cell of today's version and defenses."""
+    needed = {"cell", "config", "data", "inputs", "machine", "metrics", "versions"}
+    return (record.get("version") == VERSION and needed <= set(record) and isinstance(record["config"], dict)
+            and {"script", "seed"} <= set(record["config"])
+            and record["config"].get("defense", defenses.NAMES[0]) in defenses.NAMES)
 
 
 def options_today(stored):

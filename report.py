@@ -345,8 +345,14 @@ FILES = {  # {file: {section: (how it is rendered, from which lines)}}
 
 def rendered(file, folder=PUBLISHED):
     """The texts of the sections of ``file``, by name, from the result files in ``folder``."""
-    return {name: render([r for lines in files for r in read_lines(Path(folder) / lines, needs="config")])
+    return {name: render([r for lines in files for r in usable(Path(folder) / lines)])
             for name, (render, *files) in FILES[file].items()}
+
+
+def usable(path):
+    """The records in the result file ``path`` that have a configuration; of benchmark.jsonl the cells."""
+    records = [r for r in read_lines(path, needs="config") if isinstance(r["config"], dict)]
+    return [*filter(leaderboard.is_cell, records)] if path.name == "benchmark.jsonl" else records
 
 
 def main(argv=None):

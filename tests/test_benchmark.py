@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, start
 from PIL import Image
-from tqdm import tqdm
 
 import attacks
 import benchmark
 import defenses
 import leaderboard
+import report
 from config import BenchmarkConfig, EraseConfig, TrainConfig, UserError, as_dict
 from utils import processes
 from utils.checkpoint import save_checkpoint
@@ -67,6 +67,7 @@ def test_every_cell_once_and_the_failed_ones_recorded(done, monkeypatch, capsys)
     assert bench("--defenses", "clp", "finetune", "--seeds", "1", "2") == 0
     out = capsys.readouterr().out
     assert "training: 0 cells to run" in out
+    assert " left: " not in out
     assert "erasing: 0 cells to run" in out
     assert "5 of 5 cells are in" in out
     assert Path("results/benchmark.jsonl").read_text() == before
@@ -318,11 +319,20 @@ def test_a_run_goes_on_where_its_state_is(tmp_path):
     (["--defenses", "nad:beta9=1", "--seeds", "1"], "--defenses beta9=1: an option of EraseConfig"),
     (["--defenses", "nad:p=wrong", "--seeds", "1"], "--defenses p: a number is needed"),
     (["--defenses", "nad", "--seeds", "one"], "--seeds: seed: a whole number"),
-    (["--defenses", "nad", "--seeds", "1", "--ratios", "2"], "--ratios: ratio: a number from 0.0 to 1.0 is allowed"),
+    (["--defenses", "nad", "--seeds", "1", "--ratios", "2", "--erase_options", "epochs=1"],
+     "--ratios: ratio: a number from 0.0 to 1.0 is allowed"),
     (["--defenses", "nad"], "--seeds: at least one is needed"),
     (["--preset", "all"], "--preset: one of "),
     (["--defenses", "nad:trigger_type=none", "--seeds", "1"], "leaves no ASR"),
     (["--defenses", "nad:seed=1", "--seeds", "1"], "--defenses seed=1: an option of EraseConfig"),
+    (["--defenses", "nad", "--seeds", "1", "--ratios", "0.1"],
+     "--ratios and --erase_options ratio=0.3: only one of them can give ratio"),
+    (["--defenses", "nad:ratio=0.2", "--seeds", "1", "--ratios", "0.1", "--erase_options", "epochs=1"],
+     "--ratios and --defenses nad:ratio=0.2: only one of them can give ratio"),
+    (["--defenses", "nad", "--seeds", "1", "--models", "WRN-99"], "WRN-99"),
+    (["--defenses", "nad", "--seeds", "1", "--gpus_per_cell", "0.5"], "--gpus_per_cell: of --engine ray only"),
+    (["--defenses", "nad", "--seeds", "1", "--engine", "ray", "--jobs", "2"], "--jobs does not go with --engine ray"),
+    (["--table"], "--table runs nothing and shows all results: not with --attacks, "),
 ])
 def test_mistakes_get_one_line(workplace, capsys, args, text):
     assert bench(*args) == 2
@@ -345,10 +355,15 @@ def line(seed, asr, defense="nad", attack="BadNets", acc=80.0, network="", **cha
 SECTION = "a\n<!-- benchmark -->\n{}\n<!-- end of benchmark -->\nb\n"
 
 
-def readmes():
+def readmes(monkeypatch):
+    """READMEs in this folder instead of the project's, and an empty folder of published lines."""
     Path("published").mkdir()
-    for folder in (".", "published"):
-        Path(folder, "README.md").write_text(SECTION.format("old"))
+    files = {Path("README.md"): leaderboard.render_short, Path("published/README.md"): leaderboard.render}
+    for file in files:
+        file.write_text(SECTION.format("old"))
+    monkeypatch.setattr(benchmark, "PUBLISHED", Path("published/benchmark.jsonl"))
+    monkeypatch.setattr(report, "FILES", {
+        file: {"benchmark": (render, "benchmark.jsonl")} for file, render in files.items()})
 
 
 def test_leaderboard_by_hand(workplace, monkeypatch):
@@ -368,11 +383,9 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
         "| RA | BadNets | Blend |\n|---|---|---|\n| backdoored | 0.1 | 0.1 |\n| CLP |  | 95.0 |\n"
         "| NAD | 97.0 ± 1.4 | 93.5 ± 0.7 |\n| NAD, `p 4.0` | 91.0 |  |\n| NAD [a] | 97.0 |  |\n\n"
         "NAD [a]: `--lr 0.3 --beta1 0.0 --p 4.0`\n\nMeasured on: cpu, torch 2.")
-    monkeypatch.setattr(benchmark, "ROOT", workplace)
-    monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
     for r in [*runs, {"no": "cell"}, {**line(1, 1.0), "version": 0}]:
         append_line("results/benchmark.jsonl", r)
-    readmes()
+    readmes(monkeypatch)
     for _ in range(2):
         assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
         assert Path("published/README.md").read_text() == SECTION.format(text)
@@ -460,20 +473,34 @@ def test_seconds_are_those_of_one_machine():
     assert benchmark.key_of(line(1, 2.0, device="cuda")) == benchmark.key_of(line(1, 2.0)), "device auto is either"
 
 
-def test_lines_of_a_network_that_was_replaced_are_not_shown(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "ROOT", workplace)
-    monkeypatch.setattr(benchmark, "PUBLISHED", workplace / "published" / "benchmark.jsonl")
-    readmes()
-    old = line(1, 2.0, network="0" * 64)
-    append_line(benchmark.PUBLISHED, old)
-    append_line("results/benchmark.jsonl", line(1, 3.0, network="1" * 64, p=4.0))
+def test_lines_of_a_shipped_network_that_was_replaced_are_not_shown(workplace, monkeypatch, capsys):
+    readmes(monkeypatch)
+    files = [workplace / "weight" / "s.tar", workplace / "results" / "s.tar"]  # the second one was made elsewhere too
+    for k, file in enumerate(files):
+        network = line(1, 2.0, network=f"{k}" * 64)
+        network["config"]["s_model"] = str(file.relative_to(workplace))
+        append_line(benchmark.PUBLISHED, network)
     assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
     assert len(read_lines(benchmark.PUBLISHED)) == 2
     assert "published lines go" not in capsys.readouterr().out
-    Path(old["config"]["s_model"]).write_text("another network")
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("another network")
     assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
-    assert "note: 2 published lines go" in capsys.readouterr().out
-    assert read_lines(benchmark.PUBLISHED) == []
+    assert "note: 1 published lines go" in capsys.readouterr().out
+    assert [r["inputs"]["s_model"][0] for r in read_lines(benchmark.PUBLISHED)] == ["1"]
+
+
+def test_of_lines_with_one_key_the_newest_is_published(workplace, monkeypatch):
+    readmes(monkeypatch)
+    for asr, time_, file in ((7.0, "2026-02", benchmark.PUBLISHED), (8.0, "2026-01", "results/benchmark.jsonl")):
+        append_line(file, {**line(1, asr), "time": time_})
+    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+    assert [leaderboard.outcome(r)["asr"] for r in read_lines(benchmark.PUBLISHED)] == [7.0]
+    append_line("results/benchmark.jsonl", {**line(1, 9.0), "time": "2026-03"})
+    assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
+    assert [leaderboard.outcome(r)["asr"] for r in read_lines(benchmark.PUBLISHED)] == [9.0]
+    assert "| NAD | 9.0 (2.14) |" in Path("published/README.md").read_text()
 
 
 def test_a_network_that_was_deleted_is_trained_again(done, monkeypatch, tmp_path):
@@ -488,10 +515,10 @@ def test_a_network_that_was_deleted_is_trained_again(done, monkeypatch, tmp_path
 
 
 def test_lines_without_a_configuration_are_skipped(workplace):
-    for config in (None, {}):
+    for config in (None, {}, 5, [1]):
         append_line("results/benchmark.jsonl", {**line(1, 2.0), "config": config})
     append_line("results/benchmark.jsonl", line(1, 2.0))
-    assert len(benchmark.results("results/benchmark.jsonl")) == 1
+    assert len(benchmark.results("results/benchmark.jsonl")) == len(report.usable(Path("results/benchmark.jsonl"))) == 1
 
 
 def test_reported_numbers_stand_in_brackets():
@@ -535,6 +562,40 @@ def test_attacks_without_a_shipped_network_have_tables_of_their_own_with_a_line_
     assert f"| {names[-1]} | 82.0 / 99.9 / 0.1 | 80.0 / 4.5 ± 0.7 / 95.5 ± 0.7 | 80.0 / 3.0 / 97.0 |" in table
     assert f"ACC lost, {len(names)} attacks |" in others, "a second network of one does not count in the means"
     assert "| NAD | 2.00 | 3.00 | 1 | 30 |" in others
+
+
+def test_without_a_terminal_each_cell_leaves_a_line_with_the_time_left(monkeypatch, capsys):
+    now = iter([100.0, 110.0, 130.0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(now))
+    progress = benchmark.CellProgress(5)
+    for seed in (1, 2):
+        progress.step(benchmark.Cell("BadNets", "clp", EraseConfig(seed=seed)))
+    assert capsys.readouterr().out == ("1 of 5 cells, 00:40 left: BadNets / clp / seed 1\n"
+                                       "2 of 5 cells, 00:45 left: BadNets / clp / seed 2\n")
+
+
+def test_what_the_user_gives_wins_over_a_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "cells_of", lambda grid, out: seen.append(grid) or [])
+    args = ["--preset", "smoke", "--models", "WRN-16-1", "--options", "epochs=2", "--erase_options", "lr=1"]
+    assert run_script(benchmark.main, BenchmarkConfig, args) == 0
+    preset = benchmark.PRESETS["smoke"][0]
+    assert seen == [{**preset, "models": ["WRN-16-1"], "options": [*preset["options"], "epochs=2"],
+                     "train_options": ["epochs=5", "epochs=2"], "erase_options": ["epochs=2", "lr=1"]}]
+
+
+def test_a_script_that_ends_its_process_has_failed(monkeypatch, tmp_path):
+    network = tmp_path / "s.tar"
+    network.touch()
+    cell = benchmark.Cell("BadNets", "clp", EraseConfig(defense="clp", s_model=str(network)))
+    monkeypatch.setattr(benchmark.erasing, "main", lambda config: sys.exit(3))
+    error = benchmark.attempt(cell, benchmark.run_here, BenchmarkConfig(), tmp_path)
+    assert isinstance(error, SystemExit)
+    benchmark.failed(cell, error, tmp_path)
+    assert read_lines(tmp_path / "errors.jsonl")[0]["error"] == "SystemExit: 3"
+    for code, text in ((3, "ended with exit code 3"), (2, "main.py: error: x"), (-9, "killed by signal 9")):
+        error = benchmark.run_apart(cell, 1, 0, lambda *_, code=code: (code, "main.py: error: x"))
+        assert text in str(error)
 
 
 def test_a_lost_line_is_made_again(done, monkeypatch, tmp_path):
@@ -597,13 +658,14 @@ def test_a_run_that_outlives_its_benchmark_is_not_repeated(workplace):
     assert "".join(logs).count("finetune  epoch  1/30") == 1
 
 
-def test_an_interrupt_of_the_benchmark_alone_ends_its_runs(workplace):
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_the_benchmark_alone_ends_its_runs(workplace, way):
     process = start(workplace, "benchmark.py", *TINY, "--defenses", "finetune:epochs=10000", "--seeds", "1", "2", "3",
                     "--jobs", "2")
     while len(scripts_in(workplace, "/main.py")) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(way)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert not scripts_in(workplace, "/main.py")
@@ -632,8 +694,7 @@ def test_a_cell_that_another_process_runs_comes_last(monkeypatch, tmp_path):
         other.close()  # the other one is done as soon as the second cell runs
 
     monkeypatch.setattr(benchmark, "run_here", run_here)
-    with tqdm(disable=True) as bar:
-        assert len(benchmark.run_all(made, BenchmarkConfig(), tmp_path, bar)) == 2, "they left no results"
+    assert len(benchmark.run_all(made, BenchmarkConfig(), tmp_path, benchmark.CellProgress(2))) == 2, "without results"
     assert order == [2, 1]
 
 
