@@ -297,16 +297,46 @@ def by_option(config):
     return config["defense"], config.get("first", ""), changed(config)
 
 
+def on_the_six(rows):
+    """{row: {attack of ``SIX``: {seed: record}}} of those of ``rows`` that have all of these attacks."""
+    return {row: {a: found[a] for a in SIX} for row, found in rows.items() if {*SIX} <= found.keys()}
+
+
+def common_seeds(rows):
+    """The seeds, sorted, that each row of ``on_the_six(rows)`` with three or more for each attack has."""
+    several = [set.intersection(*map(set, found.values())) for found in on_the_six(rows).values()
+               if min(map(len, found.values())) >= 3]
+    return sorted(set.intersection(*several)) if several else []
+
+
+def mean_asr(found, seeds):
+    """Over the attacks of ``found``, of ``on_the_six``, the mean of the means over ``seeds``, or over all if one of
+    these is missing."""
+    found = [[runs[s] for s in seeds] if seeds and {*seeds} <= runs.keys() else runs.values()
+             for runs in found.values()]
+    return statistics.mean(statistics.mean(outcome(r)["asr"] for r in runs) for runs in found)
+
+
 def ranked(rows):
     """Those of ``rows`` with all six attacks of the paper and three seeds, or one if it is a defense as it stands:
-    those with three seeds first, of them those with the lowest mean ASR. A network without a backdoor comes before all.
+    those with three seeds first, of them those with the lowest mean ASR over ``common_seeds``. A network without a
+    backdoor comes before all.
     """
-    plain = plain_rows()
-    places = {row: (row != REFERENCE, min(len(found[a]) for a in SIX) < 3,
-                    statistics.mean(statistics.mean(outcome(r)["asr"] for r in found[a].values()) for a in SIX))
-              for row, found in rows.items() if {*SIX} <= found.keys()}
+    plain, seeds = plain_rows(), common_seeds(rows)
+    places = {row: (row != REFERENCE, min(map(len, found.values())) < 3, mean_asr(found, seeds))
+              for row, found in on_the_six(rows).items()}
     return {row: rows[row] for row, (_, few, _) in sorted(places.items(), key=lambda pair: pair[1])
             if row in plain or not few}
+
+
+def about_order(rows):
+    """A paragraph on the order of ``rows``, of ``ranked``, if some of them have more seeds than the others."""
+    seeds = common_seeds(rows)
+    more = {row: mean_asr(found, seeds) for row, found in on_the_six(rows).items()
+            if seeds and {*seeds} < set.intersection(*map(set, found.values()))}
+    values = "; ".join(f"{row} {value:.2f}" for row, value in more.items())
+    return [f"In the order of the mean ASR over the six with the seeds {', '.join(map(str, seeds))}, which all rows of "
+            f"three or more have. Of those with more: {values}.", ""] if more else []
 
 
 def short_block(name, records):
@@ -314,7 +344,7 @@ def short_block(name, records):
     rows, columns, before, shared, long = arranged(records)
     rows, reported = ranked(rows), has_reports(records, columns, shared)
     return "\n".join([heading(name, rows, shared), "", *options_of(rows, long),
-                      *summary(rows, list(SIX), before, usual_machine(records), reported), "",
+                      *summary(rows, list(SIX), before, usual_machine(records), reported), "", *about_order(rows),
                       *by_attack(rows, columns, before, "asr", "ASR", reported), "",
                       *([BRACKETS, ""] if reported else []), measured_on(records)])
 

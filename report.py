@@ -296,37 +296,56 @@ def render_detect(records):
     return "\n".join([*out, "", f"`python detect.py --s_model FILE --seed N`, on: {leaderboard.machines(records)}."])
 
 
+APART = 5  # points of ASR between teacher and fine-tuning from which on a student can be said to be nearer to one
+
+
 def render_teacher(records):
-    """What NAD as it stands makes of its teacher, beside fine-tuning on the same batches: means by attack, and the rank
-    correlation of the runs' ASR. The setting with most lines."""
+    """What NAD as it stands makes of its teacher, beside fine-tuning on the same batches: means by attack, and how far
+    the student's ASR is from either. The setting with most lines."""
     blocks = leaderboard.by_setting(records)
     if not blocks:
         return "nothing was measured yet"
     rows, columns, *_ = leaderboard.arranged(max(blocks.values(), key=len))
-    out = ["| | runs | ACC: fine-tuning | teacher | student | ASR: fine-tuning | teacher | student |",
-           "|---|---|---|---|---|---|---|---|"]
-    everything = []
+    found = {}
     for column in columns:
         tuned, erased = rows.get("fine-tuning", {}).get(column, {}), rows.get("NAD", {}).get(column, {})
         runs = [(leaderboard.outcome(tuned[seed]), r["metrics"]["teacher"], leaderboard.outcome(r))
                 for seed, r in erased.items() if seed in tuned and "teacher" in r["metrics"]]
-        everything += runs
         if runs:
-            out.append(teacher_row(column, runs))
-    if len(everything) < 2:
+            found[column] = runs
+    if len(found) < 2:
         return "nothing was measured yet"
-    ranked = [ranks(torch.tensor([m["asr"] for m in each])) for each in zip(*everything, strict=True)]
-    with_tuned, with_teacher, _ = torch.corrcoef(torch.stack(ranked))[2].tolist()
-    return "\n".join([*out, teacher_row("all", everything), "",
-                      f"Rank correlation (Spearman) of the student's ASR over the {len(everything)} runs: "
-                      f"{with_teacher:.2f} with the teacher's, {with_tuned:.2f} with that of fine-tuning."])
+    out = ["| | runs | ACC: fine-tuning | teacher | student | ASR: fine-tuning | teacher | student |",
+           "|---|---|---|---|---|---|---|---|", *(teacher_row(name, {name: runs}) for name, runs in found.items())]
+    if {*leaderboard.SIX} < found.keys():
+        out.append(teacher_row("mean of the paper's six", {name: found[name] for name in leaderboard.SIX}))
+    return "\n".join([*out, teacher_row(f"mean of {len(found)} attacks", found), "", nearness(found)])
 
 
-def teacher_row(name, runs):
-    """One row of that table, from ``runs``, triples of metrics."""
-    cells = [f"{statistics.mean(m[key] for m in each):.1f}" for key in ("clean_acc", "asr")
-             for each in zip(*runs, strict=True)]
-    return f"| {name} | {len(runs)} | {' | '.join(cells)} |"
+def teacher_row(name, found):
+    """One row of that table: the mean over the attacks in ``found`` of the mean over their runs, triples of metrics."""
+    cells = [f"{statistics.mean(statistics.mean(run[k][key] for run in runs) for runs in found.values()):.1f}"
+             for key in ("clean_acc", "asr") for k in range(3)]
+    return f"| {name} | {sum(map(len, found.values()))} | {' | '.join(cells)} |"
+
+
+def nearness(found):
+    """How far the student's ASR is from its teacher's and from fine-tuning's, in the runs of ``found``, as text."""
+    asr = {name: torch.tensor([[m["asr"] for m in run] for run in runs]) for name, runs in found.items()}
+    tuned, teacher, student = torch.cat([*asr.values()]).T
+    apart = (tuned - teacher).abs() > APART
+    nearer = (student - teacher).abs() < (student - tuned).abs()
+    far = [f"{(student - other).abs().mean():.1f}" for other in (teacher, tuned)]
+    order = [[ranks(column) for column in runs.T] for runs in asr.values() if len(runs) > 2]
+    order = [torch.corrcoef(torch.stack(each))[2] for each in order]
+    text = (f"The student's ASR is {far[0]} points from its teacher's in the mean of the {len(student)} runs, {far[1]} "
+            f"from fine-tuning's. In {int(apart.sum())} of them these two are more than {APART} points apart; in "
+            f"{int((apart & nearer).sum())} of those the student is nearer to its teacher.")
+    if order:
+        tuned, teacher, _ = torch.stack(order).nanmean(0).tolist()
+        text += (f" Rank correlation (Spearman) over the runs of an attack, mean over the attacks: {teacher:.2f} with "
+                 f"the teacher, {tuned:.2f} with fine-tuning.")
+    return text
 
 
 FILES = {  # {file: {section: (how it is rendered, from which lines)}}

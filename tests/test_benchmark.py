@@ -414,6 +414,11 @@ def test_short_leaderboard_by_hand():
         "\n| NAD [a] |" + 6 * " 8.0 ± 1.0 |" + "  |\n| CLP |" + 6 * " 11.0 ± 1.0 |" + "  |"
         "\n| NAD | 3.0 (2.14) | 3.0 (3.73) | 3.0 (97.69) | 3.0 (10.5) | 3.0 (10.66) | 3.0 | 6.0 (22.98) |\n\n"
         + leaderboard.BRACKETS + "\n\nMeasured on: cpu, torch 2.")
+    extra = [*records, *runs(15.0, (4,), defense="clp")]  # CLP by all its seeds, but its place by those of the others
+    text = leaderboard.render_short([*extra, *runs(9.2, (1, 2, 3), p=16.0)])
+    assert ("| CLP | 2.00 | 13.00 ± 4.08 | 4 | 30 |\n| NAD, `p 16.0` | 2.00 | 11.20 ± 1.00 | 3 | 30 |" in text)
+    assert ("\n\nIn the order of the mean ASR over the six with the seeds 1, 2, 3, which all rows of three or more "
+            "have. Of those with more: CLP 11.00.\n\n| ASR |" in text)
     five = runs(2.0, (1, 2, 3), *leaderboard.SIX[1:])
     assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
 

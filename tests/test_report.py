@@ -136,8 +136,17 @@ def test_the_student_beside_its_teacher_and_fine_tuning():
     assert report.render_teacher(lines).splitlines()[2:] == [
         "| BadNets | 2 | 85.0 | 80.0 | 80.0 | 20.0 | 3.0 | 2.5 |",
         "| SIG | 1 | 80.0 | 70.0 | 70.0 | 4.0 | 9.0 | 8.0 |",  # seed 3 has no fine-tuning beside it
-        "| all | 3 | 83.3 | 76.7 | 76.7 | 14.7 | 5.0 | 4.3 |", "",
-        "Rank correlation (Spearman) of the student's ASR over the 3 runs: 1.00 with the teacher's, -1.00 with that of "
-        "fine-tuning."]
+        "| mean of 2 attacks | 3 | 82.5 | 75.0 | 75.0 | 12.0 | 6.0 | 5.2 |", "",
+        "The student's ASR is 1.3 points from its teacher's in the mean of the 3 runs, 13.0 from fine-tuning's. In 1 "
+        "of them these two are more than 5 points apart; in 1 of those the student is nearer to its teacher."]
+    lines += [line(3, "BadNets", "nad", teacher=6.0, NAD=9.0), line(3, "BadNets", "finetune", **{"fine-tuning": 12.0})]
+    assert report.render_teacher(lines).splitlines()[-1] == (
+        "The student's ASR is 1.8 points from its teacher's in the mean of the 4 runs, 10.5 from fine-tuning's. In 2 "
+        "of them these two are more than 5 points apart; in 1 of those the student is nearer to its teacher. Rank "
+        "correlation (Spearman) over the runs of an attack, mean over the attacks: 1.00 with the teacher, -0.50 with "
+        "fine-tuning.")
+    six = [line(1, attack, d, **asr) for attack in (*leaderboard.SIX, "WaNet") for d, asr in
+           (("nad", {"teacher": 1.0, "NAD": 2.0}), ("finetune", {"fine-tuning": 3.0}))]
+    assert "| mean of the paper's six | 6 | 80.0 |" in report.render_teacher(six)
     assert report.render_teacher(lines[:1]) == report.render_teacher([]) == "nothing was measured yet"
     assert report.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
