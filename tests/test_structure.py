@@ -46,7 +46,7 @@ def imported(path):
 def test_who_may_import_whom(path):
     top = path.relative_to(ROOT).parts[0].removesuffix(".py")
     own = imported(path) & OWN
-    scripts = {"train_badnet", "main", "report"} if top == "benchmark" else set()  # it runs the two, and writes report's tables
+    scripts = {"train_badnet", "main", "report"} if top == "benchmark" else set()  # runs, and writes its tables
     assert own & SCRIPTS <= scripts, "nothing else imports a script"
     if top in MAY_IMPORT:
         assert own <= MAY_IMPORT[top]
