@@ -589,6 +589,22 @@ def test_what_the_user_gives_wins_over_a_preset(monkeypatch):
                      "train_options": ["epochs=5", "epochs=2"], "erase_options": ["epochs=2", "lr=1"]}]
 
 
+def test_a_network_is_measured_once_a_process(workplace, monkeypatch):
+    measured = []
+    evaluate = benchmark.erasing.evaluate
+    monkeypatch.setattr(benchmark.erasing, "evaluate", lambda *args, **more: measured.append(args) or evaluate(
+        *args, **more))
+    monkeypatch.setattr(benchmark.erasing, "BEFORE", {})
+    more = ["--attacks", "BadNets", "3 triggers, 3 labels", "--defenses", "clp", "--erase_options", "ratio=0.3"]
+    assert bench(*more, "--seeds", "1", "2", "3") == 0
+    assert len(measured) == 2 * (1 + 3)
+    before = [r["metrics"]["backdoored"] for r in read_lines("results/benchmark.jsonl") if r["cell"]["defense"]]
+    assert [before.count(metrics) for metrics in before] == [3] * 6
+    assert "parts" in before[-1]
+    assert bench(*more, "--seeds", "1", "--options", "test_size=50", "train_size=300", "device=cpu", "threads=1") == 0
+    assert len(measured) == 2 * (1 + 3) + 2 * (1 + 1), "on other data it is measured again"
+
+
 def test_a_script_that_ends_its_process_has_failed(monkeypatch, tmp_path):
     network = tmp_path / "s.tar"
     network.touch()
