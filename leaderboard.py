@@ -245,15 +245,17 @@ def bracket(defense, column, key, config=None):
 
 
 def block(name, records):
-    """Tables of one setting: means over the attacks (of several networks of one over the first), then ACC, ASR and RA
-    of each; those of ``on_fewer``."""
+    """Tables of one setting: means over the attacks (of several networks of one over the first; of many over those that
+    all defenses as they stand were measured on), then ACC, ASR and RA of each; those of ``on_fewer``."""
     rows, columns, before, shared, long = arranged(records)
     rows, few = parted(rows, columns)
     tall = len(columns) > max(WIDE, len(rows))
     reported = not tall and has_reports(records, columns, shared)
-    first = {r["cell"]["attack"] for r in records}
-    out = [heading(name, rows, shared), "",
-           *summary(rows, [c for c in columns if c in first], before, usual_machine(records), reported), ""]
+    plain, first = plain_rows(), {r["cell"]["attack"] for r in records}
+    chosen = [c for c in columns if c in first]
+    if tall:
+        chosen = [c for c in chosen if all(c in found for row, found in rows.items() if row in plain)] or chosen
+    out = [heading(name, rows, shared), "", *summary(rows, chosen, before, usual_machine(records), reported), ""]
     if tall:
         out += [*an_attack_a_line(rows, columns, before), ""]
     else:

@@ -565,6 +565,9 @@ def test_attacks_without_a_shipped_network_have_tables_of_their_own_with_a_line_
                           "| 5 triggers, same label (2) | 82.0 / 99.9 / 0.1 | 80.0 / 9.0 / 91.0 |  |",
                           "| Class-specific | 82.0 / 99.9 / 0.1 |  | 80.0 / 3.0 / 97.0 |"]
     assert f"| {names[-1]} | 82.0 / 99.9 / 0.1 | 80.0 / 4.5 ± 0.7 / 95.5 ± 0.7 | 80.0 / 3.0 / 97.0 |" in table
+    assert ("| | ACC lost, 1 attack | ASR, 1 attack | seeds | seconds |\n|---|---|---|---|---|\n"
+            "| CLP | 2.00 | 4.50 ± 0.71 | 2 | 30 |\n| NAD | 2.00 | 3.00 | 1 | 30 |\n" in others)
+    others = leaderboard.render([r for r in records if r["cell"]["defense"] == "nad"]).split("\n\n**")[1]
     assert f"ACC lost, {len(names)} attacks |" in others, "a second network of one does not count in the means"
     assert "| NAD | 2.00 | 3.00 | 1 | 30 |" in others
 
