@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -162,9 +163,11 @@ def results(path):
 
 def keys_in(path):
     """The keys of the ``results`` in the file ``path``, a set; worked out anew when the file has changed."""
-    if not path.exists():
+    try:
+        with open(path, "rb") as f:  # opened, a file of a network's disk is as it is now
+            info = os.fstat(f.fileno())
+    except FileNotFoundError:
         return set()
-    info = path.stat()
     return keys_at(path.resolve(), info.st_ino, info.st_size, info.st_mtime_ns)
 
 
@@ -180,7 +183,8 @@ def check_once(lists, grid):
             for text in grid.get(other) or []:
                 words = text.partition(":")[2].split(",") if other in ("attacks", "defenses") else [text]
                 if any(word.partition("=")[0] == AXES[flag] for word in words):
-                    raise UserError(f"--{flag} and --{other} {text}: only one of them can give {AXES[flag]}")
+                    where = f"--{other}" if other in lists or "options" in other else f"the preset's {other}"
+                    raise UserError(f"--{flag} and {where} {text}: only one of them can give {AXES[flag]}")
 
 
 def settings(cls, items, flag):
@@ -313,6 +317,7 @@ def ray_runner(opt):
                      runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
         except (ConnectionError, ValueError) as e:
             raise UserError(f"--ray_address {opt.ray_address}: no cluster answers: {str(e).splitlines()[0]}") from None
+        take_sigterm()  # Ray has a handler of its own
     task = ray.remote(run_script_apart).options(num_cpus=opt.cpus_per_cell, num_gpus=opt.gpus_per_cell,
                                                 max_retries=opt.retries)
 
@@ -459,6 +464,24 @@ class CellProgress:
             say(f"{self.done} of {self.total} cells, {tqdm.format_interval(left)} left: {cell}")
 
 
+def take_sigterm():
+    """Let SIGTERM, which a cluster sends when the time is over, do what Ctrl-C does; in the main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def sigterm_taken():
+    """``take_sigterm`` until the end."""
+    before = signal.getsignal(signal.SIGTERM)
+    take_sigterm()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def check_goes_together(opt):
     """Raise ``UserError`` if ``opt`` holds options that another one leaves without effect."""
     given = {name: f"--{name}" for name in not_default(opt)}
@@ -494,10 +517,8 @@ def main(opt):
             cells[bool(cell.defense)].append(cell)
     check_writable(out, "out")
     wrong, total = [], 0
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's end of time is like Ctrl-C
     progress = CellProgress(len(unfinished(cells[False], out)) + len(unfinished(cells[True], out)))
-    with progress.bar:
+    with sigterm_taken(), progress.bar:
         for erases in (False, True):
             missing = unfinished(cells[erases], out)
             total += len({cell.key() for cell in cells[erases]})

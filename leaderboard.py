@@ -251,7 +251,7 @@ def block(name, records):
     rows, few = parted(rows, columns)
     tall = len(columns) > max(WIDE, len(rows))
     reported = not tall and has_reports(records, columns, shared)
-    plain, first = plain_rows(), {r["cell"]["attack"] for r in records}
+    plain, first = plain_rows() - {REFERENCE}, {r["cell"]["attack"] for r in records}
     chosen = [c for c in columns if c in first]
     if tall:
         chosen = [c for c in chosen if all(c in found for row, found in rows.items() if row in plain)] or chosen
@@ -305,10 +305,13 @@ def on_the_six(rows):
 
 
 def common_seeds(rows):
-    """The seeds, sorted, that each row of ``on_the_six(rows)`` with three or more for each attack has."""
-    several = [set.intersection(*map(set, found.values())) for found in on_the_six(rows).values()
-               if min(map(len, found.values())) >= 3]
-    return sorted(set.intersection(*several)) if several else []
+    """The seeds, sorted, that the defenses as they stand in ``on_the_six(rows)`` with three or more for each attack
+    have in common; none if these are fewer than three."""
+    plain = plain_rows()
+    several = [set.intersection(*map(set, found.values())) for row, found in on_the_six(rows).items()
+               if row in plain and min(map(len, found.values())) >= 3]
+    common = sorted(set.intersection(*several)) if several else []
+    return common if len(common) >= 3 else []
 
 
 def mean_asr(found, seeds):
@@ -337,8 +340,8 @@ def about_order(rows):
     more = {row: mean_asr(found, seeds) for row, found in on_the_six(rows).items()
             if seeds and {*seeds} < set.intersection(*map(set, found.values()))}
     values = "; ".join(f"{row} {value:.2f}" for row, value in more.items())
-    return [f"In the order of the mean ASR over the six with the seeds {', '.join(map(str, seeds))}, which all rows of "
-            f"three or more have. Of those with more: {values}.", ""] if more else []
+    return [f"Rows are in the order of the mean ASR over the six with the seeds {', '.join(map(str, seeds))}. With "
+            f"these, rows of more seeds have: {values}.", ""] if more else []
 
 
 def short_block(name, records):
@@ -452,7 +455,8 @@ def summary(rows, columns, before, machine, reported):
                    if not r.get("resumed") and r["machine"] == machine
                    for s in r["defense_seconds"].values()]
         typical = f"{statistics.median(seconds):.0f}" if seconds else ""
-        seeds = seeds_of(runs for column, runs in found.items() if column in columns)
+        here = [runs for column, runs in found.items() if column in columns]
+        seeds = seeds_of(here or found.values())
         out.append(f"| {row} | {' | '.join([*cells, seeds, typical])} |")
     return out
 

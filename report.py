@@ -337,14 +337,14 @@ def nearness(found):
     nearer = (student - teacher).abs() < (student - tuned).abs()
     far = [f"{(student - other).abs().mean():.1f}" for other in (teacher, tuned)]
     order = [[ranks(column) for column in runs.T] for runs in asr.values() if len(runs) > 2]
-    order = [torch.corrcoef(torch.stack(each))[2] for each in order]
+    order = [row for row in (torch.corrcoef(torch.stack(each))[2] for each in order) if row.isfinite().all()]
     text = (f"The student's ASR is {far[0]} points from its teacher's in the mean of the {len(student)} runs, {far[1]} "
             f"from fine-tuning's. In {int(apart.sum())} of them these two are more than {APART} points apart; in "
             f"{int((apart & nearer).sum())} of those the student is nearer to its teacher.")
     if order:
-        tuned, teacher, _ = torch.stack(order).nanmean(0).tolist()
-        text += (f" Rank correlation (Spearman) over the runs of an attack, mean over the attacks: {teacher:.2f} with "
-                 f"the teacher, {tuned:.2f} with fine-tuning.")
+        tuned, teacher, _ = torch.stack(order).mean(0).tolist()
+        text += (f" Rank correlation (Spearman) over the runs of an attack, mean over {len(order)} attacks: "
+                 f"{teacher:.2f} with the teacher, {tuned:.2f} with fine-tuning.")
     return text
 
 

@@ -67,7 +67,6 @@ def test_every_cell_once_and_the_failed_ones_recorded(done, monkeypatch, capsys)
     assert bench("--defenses", "clp", "finetune", "--seeds", "1", "2") == 0
     out = capsys.readouterr().out
     assert "training: 0 cells to run" in out
-    assert " left: " not in out
     assert "erasing: 0 cells to run" in out
     assert "5 of 5 cells are in" in out
     assert Path("results/benchmark.jsonl").read_text() == before
@@ -359,6 +358,7 @@ def readmes(monkeypatch):
     """READMEs in this folder instead of the project's, and an empty folder of published lines."""
     Path("published").mkdir()
     files = {Path("README.md"): leaderboard.render_short, Path("published/README.md"): leaderboard.render}
+    files[Path("published/more.md")] = lambda records: f"{len(records)} lines"
     for file in files:
         file.write_text(SECTION.format("old"))
     monkeypatch.setattr(benchmark, "PUBLISHED", Path("published/benchmark.jsonl"))
@@ -390,6 +390,7 @@ def test_leaderboard_by_hand(workplace, monkeypatch):
         assert run_script(benchmark.main, BenchmarkConfig, ["--table"]) == 0
         assert Path("published/README.md").read_text() == SECTION.format(text)
         assert Path("README.md").read_text() == SECTION.format("nothing was measured on all six attacks yet")
+        assert Path("published/more.md").read_text() == SECTION.format(f"{len(runs) - 1} lines")
         assert len(read_lines(benchmark.PUBLISHED)) == len(runs) - 1, "of two with the same seed the newest"
     with pytest.raises(UserError, match="no <!-- x --> markers"):
         leaderboard.rewritten("", {"x": ""})
@@ -414,11 +415,15 @@ def test_short_leaderboard_by_hand():
         "\n| NAD [a] |" + 6 * " 8.0 ± 1.0 |" + "  |\n| CLP |" + 6 * " 11.0 ± 1.0 |" + "  |"
         "\n| NAD | 3.0 (2.14) | 3.0 (3.73) | 3.0 (97.69) | 3.0 (10.5) | 3.0 (10.66) | 3.0 | 6.0 (22.98) |\n\n"
         + leaderboard.BRACKETS + "\n\nMeasured on: cpu, torch 2.")
-    extra = [*records, *runs(15.0, (4,), defense="clp")]  # CLP by all its seeds, but its place by those of the others
+    extra = [*records, *runs(15.0, (4,), defense="clp"),  # CLP by all its seeds, but its place by those of ANP
+             *runs(20.0, (1, 2, 3), defense="anp")]
     text = leaderboard.render_short([*extra, *runs(9.2, (1, 2, 3), p=16.0)])
     assert ("| CLP | 2.00 | 13.00 ± 4.08 | 4 | 30 |\n| NAD, `p 16.0` | 2.00 | 11.20 ± 1.00 | 3 | 30 |" in text)
-    assert ("\n\nIn the order of the mean ASR over the six with the seeds 1, 2, 3, which all rows of three or more "
-            "have. Of those with more: CLP 11.00.\n\n| ASR |" in text)
+    order = "\n\nRows are in the order of the mean ASR over the six with the seeds "
+    assert order + "1, 2, 3. With these, rows of more seeds have: CLP 11.00.\n\n| ASR |" in text
+    text = leaderboard.render_short([*extra, *runs(1.0, (7, 8, 9), p=16.0)])
+    assert order + "1, 2, 3. With these, rows of more seeds have: CLP 11.00." in text, "recipes have no say in them"
+    assert text.index("| NAD [a] | 2.00 | 8.00") < text.index("| NAD, `p 16.0` | 2.00 | 9.00")
     five = runs(2.0, (1, 2, 3), *leaderboard.SIX[1:])
     assert leaderboard.render_short(five) == "nothing was measured on all six attacks yet"
 
@@ -568,6 +573,11 @@ def test_attacks_without_a_shipped_network_have_tables_of_their_own_with_a_line_
     assert ("| | ACC lost, 1 attack | ASR, 1 attack | seeds | seconds |\n|---|---|---|---|---|\n"
             "| CLP | 2.00 | 4.50 ± 0.71 | 2 | 30 |\n| NAD | 2.00 | 3.00 | 1 | 30 |\n" in others)
     others = leaderboard.render([r for r in records if r["cell"]["defense"] == "nad"]).split("\n\n**")[1]
+    reference = {**records[2], "metrics": {**records[2]["metrics"], "clean network": leaderboard.outcome(records[2])}}
+    recipe = line(1, 9.0, "clp", names[0], p=4.0, first="anp")
+    text = leaderboard.render([*records, reference, recipe]).split("\n\n**")[1]
+    assert "| CLP | 2.00 | 4.50 ± 0.71 | 2 | 30 |" in text, "of the clean network and of recipes no attacks are needed"
+    assert "| clean network |  |  | 1 |  |" in text
     assert f"ACC lost, {len(names)} attacks |" in others, "a second network of one does not count in the means"
     assert "| NAD | 2.00 | 3.00 | 1 | 30 |" in others
 

@@ -143,7 +143,7 @@ def test_the_student_beside_its_teacher_and_fine_tuning():
     assert report.render_teacher(lines).splitlines()[-1] == (
         "The student's ASR is 1.8 points from its teacher's in the mean of the 4 runs, 10.5 from fine-tuning's. In 2 "
         "of them these two are more than 5 points apart; in 1 of those the student is nearer to its teacher. Rank "
-        "correlation (Spearman) over the runs of an attack, mean over the attacks: 1.00 with the teacher, -0.50 with "
+        "correlation (Spearman) over the runs of an attack, mean over 1 attacks: 1.00 with the teacher, -0.50 with "
         "fine-tuning.")
     six = [line(1, attack, d, **asr) for attack in (*leaderboard.SIX, "WaNet") for d, asr in
            (("nad", {"teacher": 1.0, "NAD": 2.0}), ("finetune", {"fine-tuning": 3.0}))]
