@@ -169,6 +169,7 @@ def test_a_defense_that_returns_no_network_or_one_that_answers_nothing(copied, c
 def test_a_network_that_lost_its_accuracy_is_no_success(copied, capsys, monkeypatch):
     for acc, said in ((41.0, False), (39.0, True)):
         answers = iter([80.0, acc])
+        monkeypatch.setattr(main, "BEFORE", {})
         monkeypatch.setattr(main, "evaluate", lambda *_, answers=answers, **__: {
             "clean_acc": next(answers), "clean_acc_non_target": None, "asr": 0.0, "ra": 0.0})
         assert erase("--defense", "clp", "--beside", "0", "--save", "0") == 0
