@@ -25,14 +25,15 @@ from subject import opened, study
 from utils.checkpoint import load_checkpoint, save_checkpoint, stored_config, versions
 from utils.devices import choose_device, use_bf16
 from utils.engine import evaluate
-from utils.run import Journal, check_writable, finished, identity, run_script, say, start_of, table
+from utils.run import Journal, check_writable, finished, identity, run_script, say, table
 
 BEFORE = {}  # {what decides them: metrics of the network to erase}, so that a benchmark measures it once a process
 
 
-def measured_once(config, attack, device, measure):
-    """``measure()`` of the network of ``config`` under the options ``attack`` on ``device``, or what it gave before."""
-    files = {name: value for name, value in start_of(config).items() if name not in ("t_model", "reference")}
+def measured_once(config, inputs, attack, device, measure):
+    """``measure()`` of the network of ``config`` under the options ``attack`` on ``device``, or what it gave before;
+    ``inputs``: the hashes of the run's files, of ``start_of``."""
+    files = {name: value for name, value in inputs.items() if name not in ("t_model", "reference")}
     data = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     key = repr([sorted(files.items()), sorted(data.items()), sorted(attack.items()), config.s_name, device])
     if key not in BEFORE:
@@ -171,7 +172,7 @@ def main(config):
 
     journal = EraseJournal(config, target, report)
     rows = {"backdoored" if subject.poisoned_test else "before":
-            measured_once(config, about["attack"], device, lambda: measure(model))}
+            measured_once(config, journal.inputs, about["attack"], device, lambda: measure(model))}
     if reference is not None:
         rows[REFERENCE] = measure(reference)
 
